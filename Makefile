@@ -1,0 +1,83 @@
+# Everything one does with this project. `make` alone lists the targets.
+#
+#   make train ARGS="--epochs 3"     arguments for the program
+#   make train CONFIG=eight_gpus     another file of configs/accelerate/
+#   make env PYTHON=python3.12       another Python; VENV=/elsewhere, another place
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+ARGS ?=
+CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+# Chapters tested at the same time; each gets its share of the cores.
+WORKERS ?= $(shell echo $$(( $(CORES) < 4 ? $(CORES) : 4 )))
+# How `make train` starts: one process, on a GPU when there is one.
+CONFIG ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo one_gpu || echo one_cpu)
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+THREADS = $(shell echo $$(( $(CORES) > $(WORKERS) ? $(CORES) / $(WORKERS) : 1 )))
+RUN_TESTS = MPLBACKEND=agg OMP_NUM_THREADS=$(THREADS) PATH="$(abspath $(BIN)):$$PATH"
+
+.PHONY: help env train test test-slow book lint export check clean constraints
+
+help: ## this list
+	@echo "detr_nb: a DETR you read, run and train"
+	@echo
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
+
+env: $(STAMP) ## create .venv and install the package and the book's tools into it
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@command -v $(PYTHON) >/dev/null || { echo "make: there is no '$(PYTHON)'. Install Python 3.10 or newer, or name one: make env PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: $$($(PYTHON) --version) is too old, 3.10 or newer is needed. Name another: make env PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $(PYTHON) cannot create environments. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "make: installing into $(VENV) (torch is large; the first time takes minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
+	@touch $@
+
+train: env ## train and evaluate (on the embedded set unless ARGS names another), on the GPU if there is one
+	@PATH="$(abspath $(BIN)):$$PATH" accelerate launch --config_file configs/accelerate/$(CONFIG).yaml \
+		$(if $(findstring one_cpu,$(CONFIG)),--num_cpu_threads_per_process $(CORES)) -m detr_nb.train $(ARGS)
+
+test: env ## run every chapter's cells as tests, then tests/
+	@start=$$SECONDS; \
+	echo "make: running the chapters, $(WORKERS) at a time"; \
+	$(RUN_TESTS) nbdev_test --n_workers $(WORKERS) --timing; \
+	echo "make: running tests/"; \
+	$(RUN_TESTS) pytest; \
+	echo "make: all chapters and tests passed in $$(( SECONDS - start )) s"
+
+test-slow: env ## run the slow tests and the slow cells of the chapters as well
+	@start=$$SECONDS; \
+	$(RUN_TESTS) nbdev_test --n_workers $(WORKERS) --timing --flags "slow dist"; \
+	$(RUN_TESTS) pytest -m ""; \
+	echo "make: all chapters and tests, slow ones too, passed in $$(( SECONDS - start )) s"
+
+book: env ## build the pages of the book, warnings as errors
+	@PATH="$(abspath $(BIN)):$$PATH" jupyter-book build nbs -W -n --keep-going -q
+	@echo "make: the book is at nbs/_build/html/index.html"
+
+lint: env ## check the style of package, tests, tools and notebooks
+	@$(BIN)/ruff check .
+
+export: env ## write the package from the notebooks
+	@cd "$(CURDIR)" && PATH="$(abspath $(BIN)):$$PATH" nbdev_export
+
+check: ## all that continuous integration checks
+	@.ci/run
+
+constraints: env ## pin again what `make env` installs (keeps the pins that still hold)
+	@$(BIN)/python -m pip install --quiet uv
+	@UV_CUSTOM_COMPILE_COMMAND="make constraints" $(BIN)/uv pip compile --quiet --universal --python-version 3.10 \
+		--extra dev --no-annotate --no-emit-index-url --no-emit-find-links pyproject.toml -o $(CONSTRAINTS)
+
+clean: ## remove what was built; keeps .venv, data/ and runs/
+	@rm -rf nbs/_build .pytest_cache .ruff_cache .hypothesis detr_nb/_modidx.py
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
