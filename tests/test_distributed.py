@@ -148,6 +148,18 @@ def test_a_failure_on_one_rank_ends_all_and_is_shown_with_its_traceback():
     assert time.monotonic() - began < 45, "not by time-out"
 
 
+@pytest.mark.parametrize("end", ["raise KeyError('a label')", "raise SystemExit(3)"])
+def test_without_any_launcher_a_failing_rank_does_not_leave_the_other_waiting(end):
+    code = "from detr_nb.distributed import *; process = start('cpu', timeout_s=300)\n"
+    codes = [code + "barrier(); barrier()", code + f"barrier(); {end}"]
+    processes = [open_process(slurm_environ(rank, 2, os.getpid() + 7), "-c", codes[rank]) for rank in range(2)]
+    began = time.monotonic()
+    outputs = [process.communicate(timeout=100)[1] for process in processes]
+    assert time.monotonic() - began < 60, "not by the time-out of 300 s"
+    assert all(process.returncode for process in processes), outputs
+    assert "SystemExit" in end or "a label" in outputs[1]
+
+
 def wait_long(process):
     "For the test below: rank 0 is done, rank 1 hangs."
     time.sleep(600 * process.rank)
