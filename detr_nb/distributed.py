@@ -336,7 +336,7 @@ def join_group(launch: Launch, backend: str, timeout_s: float) -> None:
     dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
     atexit.register(stop_at_exit)
 
-
+# %% ../nbs/00_distributed.ipynb #44ec6114
 def barrier() -> None:
     "Wait until every process has come here."
     if world_size() > 1:

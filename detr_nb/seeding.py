@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
+from .distributed import Process
+
 # %% ../nbs/01_seeding.ipynb #c6242837
 def check_seed(name: str, value: int) -> int:
     "The value, if 32 bits can hold it; raises `ValueError` otherwise."
@@ -36,7 +38,7 @@ def seed_everything(
     return own
 
 # %% ../nbs/01_seeding.ipynb #88634ee9
-def draw_on_rank(process: Any, seed: int) -> dict[str, list[float]]:
+def draw_on_rank(process: Process, seed: int) -> dict[str, list[float]]:
     "For the demonstration: what one process draws for its weights, its order of images and its dropout."
     seed_everything(seed, process.rank)
     model = torch.nn.Linear(3, 1, bias=False)
