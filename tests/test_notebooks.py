@@ -76,6 +76,12 @@ def test_a_captioned_cell_has_one_picture_with_a_name_and_an_alternative_text(pa
         assert (directive(cell["source"], "label") or "").startswith("fig-"), f"{caption!r} has no #| label: fig-..."
 
 
+@every_notebook
+def test_code_has_at_most_120_columns(path):
+    lines = [line for cell in cells_of(path, "code") for line in cell["source"].splitlines()]
+    assert not [line for line in lines if len(line) > 120 and not line.startswith("#|")]
+
+
 def test_figure_labels_are_unique_in_the_book():
     labels = [label for path in NOTEBOOKS for cell in cells_of(path, "code")
               if (label := directive(cell["source"], "label"))]
