@@ -110,6 +110,8 @@ class Config:
     eos_coef: float = 0.1
     "weight of the no-object class"
 
+    group_by_shape: bool = False
+    "batches of images of like shape, which pad less"
     image_size: int = 0
     "short side of the images in pixels; 0: 800, and 480 to 800 in training, as in the paper (embedded set: as drawn)"
     eval_every: int = 1
@@ -122,7 +124,7 @@ class Config:
 LAPTOP = Config(
     lr=5e-4, lr_backbone=5e-4, batch_size=32, num_workers=0, epochs=16, schedule="cosine", warmup_steps=100,
     backbone="small", backbone_norm="group", pretrained=False, enc_layers=3, dec_layers=3, dim_feedforward=512,
-    hidden_dim=128, dropout=0.0, num_queries=16, eval_every=4,
+    hidden_dim=128, dropout=0.0, num_queries=16, group_by_shape=True, eval_every=4,
 )
 
 
@@ -132,7 +134,7 @@ def parse(argv: list[str]) -> Config:
     default = Config() if on_coco else LAPTOP
     return tyro.cli(Config, args=argv, default=default, prog="detr_nb.train", use_underscores=True)
 
-# %% ../nbs/18_train.ipynb #acb08b3a
+# %% ../nbs/18_train.ipynb #fea484a2
 def open_data(config: Config, process: Process) -> tuple[CocoDataset, CocoDataset]:
     "The training and the validation set of a run; the embedded set is drawn first when it is not there."
     if config.coco_path:
@@ -146,6 +148,8 @@ def open_data(config: Config, process: Process) -> tuple[CocoDataset, CocoDatase
     train, val = open_coco(root, "train"), open_coco(root, "val")
     train.seed = val.seed = config.seed
     train.transform, val.transform = make(train=True, **sides), make(train=False, **sides)
+    if train.categories != val.categories:
+        raise ValueError(f"the training and the validation set of {root} list different categories; make the two lists equal")
     if config.overfit:
         train = train.subset(range(min(config.overfit, len(train))))
         train.transform = val.transform
@@ -435,7 +439,7 @@ def prepare(config: Config, process: Process) -> Run:
     place = {"rank": process.rank, "world_size": process.world_size, "seed": config.seed, "num_workers": config.num_workers}
     return Run(
         config, process, accelerator, folder, model, build_criterion(config, train.categories.num_classes), optimizer,
-        make_loader(in_memory(config, train), config.batch_size, shuffle=True, **place),
+        make_loader(in_memory(config, train), config.batch_size, shuffle=True, group_by_shape=config.group_by_shape, **place),
         make_loader(in_memory(config, val), config.batch_size, shuffle=False, **place), recent=deque(maxlen=20),
     )
 
