@@ -1,0 +1,232 @@
+"""The evaluator in several processes, and against pycocotools fed in its usual way."""
+import io
+import json
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from detr_nb.batching import Batch, Targets, make_loader
+from detr_nb.coco import CocoDataset
+from detr_nb.criterion import SetCriterion
+from detr_nb.detr import Predictions
+from detr_nb.distributed import Process, spawn
+from detr_nb.evaluation import CocoEvaluator, Detections, evaluate, postprocess
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools, NumPy 2
+
+CATEGORY_IDS = (3, 5, 90)
+NUM_IMAGES = 11
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "Eleven images of 40 x 60 pixels with 0 to 5 objects each, some of them crowds, ids with gaps and beyond float32."
+    root, rng = tmp_path_factory.mktemp("coco"), np.random.default_rng(0)
+    images, annotations = [], []
+    for number in range(NUM_IMAGES):
+        image_id = 2**31 + 7 * number
+        Image.new("RGB", (60, 40)).save(root / f"{number}.png")
+        images.append({"id": image_id, "file_name": f"{number}.png", "height": 40, "width": 60})
+        for _ in range(number % 6):
+            x, y = rng.uniform(0, 25, 2)
+            w, h = rng.uniform(5, 35), rng.uniform(5, 15)
+            annotations.append({"id": len(annotations) + 1, "image_id": image_id, "bbox": [x, y, w, h], "area": w * h,
+                                "category_id": int(rng.choice(CATEGORY_IDS)), "iscrowd": int(rng.random() < 0.2)})
+    categories = [{"id": k, "name": f"class {k}"} for k in CATEGORY_IDS]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (root / "annotations.json").write_text(json.dumps(content))
+    return root
+
+
+def load(folder: Path) -> CocoDataset:
+    return CocoDataset(folder, folder / "annotations.json")
+
+
+def make_detections(dataset: CocoDataset, index: int, count: int = 40) -> Detections:
+    "Random detections of one image, many of them near its objects; the same whoever asks."
+    rng, sample = torch.Generator().manual_seed(index), dataset[index]
+    low = torch.rand(count, 2, generator=rng) * torch.tensor([30.0, 20])
+    boxes = torch.cat([low, low + 3 + 20 * torch.rand(count, 2, generator=rng)], dim=-1)
+    labels = torch.randint(3, (count,), generator=rng)
+    near = min(len(sample.boxes), count)
+    boxes[:near] = sample.boxes[:near] + torch.randn(near, 4, generator=rng)
+    labels[:near] = sample.labels[:near]
+    return Detections(torch.rand(1, count, generator=rng), labels[None], boxes[None])
+
+
+def run_on(dataset: CocoDataset, indices, count: int = 40) -> dict:
+    evaluator = CocoEvaluator(dataset)
+    for index in indices:
+        evaluator.update(dataset.image_ids[[index]], make_detections(dataset, index, count))
+    return evaluator.compute()
+
+
+def strange_image_on_one(process: Process, dataset: CocoDataset) -> str:
+    "The error on every process when the last one saw an image that is not in the annotations."
+    evaluator = CocoEvaluator(dataset)
+    image_id = 12345 if process.rank == 1 else int(dataset.image_ids[0])
+    evaluator.update(torch.tensor([image_id]), make_detections(dataset, 0))
+    try:
+        evaluator.compute()
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+def in_several_ways(process: Process, folder: Path) -> dict:
+    "All that two processes are asked to do here, in one start."
+    dataset, first = load(folder), process.rank == 0
+    return {
+        "unequal shares": run_on(dataset, range(0, 4) if first else range(4, NUM_IMAGES)),
+        "images seen twice": run_on(dataset, range(0, 4) if first else range(2, NUM_IMAGES)),
+        "nothing on rank 0": run_on(dataset, [] if first else range(NUM_IMAGES)),
+        "error": strange_image_on_one(process, dataset),
+        "loop": run_loop(process, folder, batch_size=2),
+    }
+
+
+@pytest.fixture(scope="module")
+def by_two(folder: Path) -> list[dict]:
+    return spawn(in_several_ways, 2, folder)
+
+
+@pytest.mark.parametrize("case", ["unequal shares", "images seen twice", "nothing on rank 0"])
+def test_two_processes_give_the_numbers_of_one(folder: Path, by_two: list[dict], case: str) -> None:
+    alone = run_on(load(folder), range(NUM_IMAGES))
+    assert 0 < alone["coco_eval_bbox"][0] < 1 and alone["images"] == NUM_IMAGES
+    assert by_two[0][case] == by_two[1][case] == alone
+
+
+def test_an_error_while_scoring_reaches_every_process(by_two: list[dict]) -> None:
+    assert by_two[0]["error"] == by_two[1]["error"] and "12345" in by_two[0]["error"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 40, 350])
+def test_equal_to_pycocotools_fed_with_dictionaries(folder: Path, count: int) -> None:
+    "350 detections of 3 classes: more than 100 for one class of an image. Crowds and images without objects are there."
+    dataset = load(folder)
+    results = []
+    for index, image_id in enumerate(dataset.image_ids.tolist()):
+        found = make_detections(dataset, index, count)
+        for score, label, box in zip(found.scores[0].tolist(), found.labels[0].tolist(), found.boxes[0].tolist()):
+            x1, y1, x2, y2 = box
+            results.append({"image_id": image_id, "category_id": CATEGORY_IDS[label], "score": score,
+                            "bbox": [x1, y1, x2 - x1, y2 - y1]})
+    ours = run_on(dataset, range(NUM_IMAGES), count)["coco_eval_bbox"]
+    if not results:  # pycocotools cannot read an empty list
+        assert ours[:3] == [0.0] * 3 and ours[6:9] == [0.0] * 3
+        return
+    with redirect_stdout(io.StringIO()):
+        truth = COCO(folder / "annotations.json")
+        reference = COCOeval(truth, truth.loadRes(results), "bbox")
+        reference.evaluate()
+        reference.accumulate()
+        reference.summarize()
+    assert ours == reference.stats.tolist()
+
+
+def truth_as_detections(dataset: CocoDataset, index: int) -> Detections:
+    sample = dataset[index]
+    return Detections(torch.ones(1, len(sample.labels)), sample.labels[None], sample.boxes[None])
+
+
+def test_ground_truth_against_itself_is_perfect(folder: Path) -> None:
+    dataset = load(folder)
+    evaluator = CocoEvaluator(dataset)
+    for index in range(NUM_IMAGES):
+        evaluator.update(dataset.image_ids[[index]], truth_as_detections(dataset, index))
+    result = evaluator.compute()
+    assert result["coco_eval_bbox"][:3] == pytest.approx([1.0] * 3, abs=1e-12)
+    assert list(result["per_class_ap"]) == [f"class {k}" for k in CATEGORY_IDS]
+    assert list(result["per_class_ap"].values()) == pytest.approx([1.0] * 3, abs=1e-12)
+
+
+def test_nothing_is_printed(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    run_on(load(folder), range(NUM_IMAGES))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_subset_is_scored_on_its_images_only_and_an_unfinished_evaluation_is_reported(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = load(folder)
+    part = dataset.subset([5, 3])
+    alone = run_on(part, [0, 1])
+    assert not caplog.records and alone["images"] == 2
+    evaluator = CocoEvaluator(dataset)
+    for index in (0, 1):
+        evaluator.update(part.image_ids[[index]], make_detections(part, index))
+    assert evaluator.compute()["coco_eval_bbox"] == alone["coco_eval_bbox"]
+    assert "2 of the 11 images" in caplog.text
+
+
+def test_half_precision_outputs_are_scored_in_float32() -> None:
+    logits, boxes = torch.randn(2, 5, 4), torch.rand(2, 5, 4)
+    found = postprocess(logits.bfloat16(), boxes.bfloat16(), torch.tensor([[480, 640], [333, 500]]))
+    assert found.scores.dtype == found.boxes.dtype == torch.float32
+
+
+class Guess(torch.nn.Module):
+    "Predictions that depend on the images, so that a process's share of them matters; no training needed."
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.free = torch.nn.Dropout(), torch.nn.Dropout()
+
+    def forward(self, images: torch.Tensor, padding: torch.Tensor | None = None) -> Predictions:
+        assert not torch.is_grad_enabled() and not self.free.training
+        logits, boxes = zip(*(self.look(image) for image in images))
+        return Predictions(torch.stack(logits, dim=1), torch.stack(boxes, dim=1).sigmoid())
+
+    def look(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rng = torch.Generator().manual_seed(int(image[0, 0, 0] * 1000))
+        return torch.randn(2, 6, 4, generator=rng), torch.randn(2, 6, 4, generator=rng)
+
+
+def color_by_number(sample, rng):
+    "Every image in a colour of its own."
+    return sample._replace(image=torch.full_like(sample.image, sample.image_id % 251))
+
+
+def run_loop(process: Process | None, folder: Path, batch_size: int) -> dict:
+    rank, world_size = (process.rank, process.world_size) if process else (0, 1)
+    dataset = CocoDataset(folder, folder / "annotations.json", transform=color_by_number)
+    loader = make_loader(dataset, batch_size, rank, world_size, shuffle=False)
+    model = Guess().train()
+    model.frozen.eval()
+    result = evaluate(model, loader, CocoEvaluator(dataset), "cpu", SetCriterion(num_classes=3))
+    assert model.training and model.free.training and not model.frozen.training
+    return result
+
+
+def test_the_loop_gives_the_same_scores_and_losses_for_any_batches_and_processes(
+    folder: Path, by_two: list[dict]
+) -> None:
+    "With batches of 2, two processes have different numbers of batches."
+    whole = run_loop(None, folder, NUM_IMAGES)
+    assert {"loss", "loss_ce", "loss_bbox_0", "class_error", "cardinality_error"} <= whole.keys()
+    assert by_two[0]["loop"] == by_two[1]["loop"]
+    for other in (run_loop(None, folder, 3), by_two[0]["loop"]):
+        assert other["coco_eval_bbox"] == whole["coco_eval_bbox"] and other["images"] == NUM_IMAGES
+        for name in whole:
+            if "loss" in name or "error" in name:
+                assert other[name] == pytest.approx(whole[name], rel=1e-5, abs=1e-6), name
+
+
+def test_the_mode_comes_back_when_the_model_fails(folder: Path) -> None:
+    class Fails(torch.nn.Linear):
+        def forward(self, images, padding):
+            raise RuntimeError("as told")
+
+    no_objects = torch.zeros(1, dtype=torch.int64)
+    targets = Targets(no_objects[:0], torch.zeros(0, 4), no_objects, no_objects, torch.ones(1, 2), torch.ones(1, 2))
+    model = Fails(1, 1)
+    with pytest.raises(RuntimeError, match="as told"):
+        evaluate(model, [Batch(torch.zeros(1, 3, 8, 8), None, targets)], CocoEvaluator(load(folder)), "cpu")
+    assert model.training
