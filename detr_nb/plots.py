@@ -306,7 +306,8 @@ def picture_waves(ax: Axes) -> None:
     "Sines of falling frequency."
     x = np.linspace(0, 1, 120)
     for place, waves in enumerate((4.0, 2.0, 1.0)):
-        ax.plot(x, 0.84 - 0.34 * place + 0.13 * np.sin(2 * np.pi * waves * x), color=CLASS_COLORS[place], linewidth=1.8)
+        wave = 0.84 - 0.34 * place + 0.13 * np.sin(2 * np.pi * waves * x)
+        ax.plot(x, wave, color=CLASS_COLORS[place], linewidth=1.8)
 
 # %% ../nbs/03_plots.ipynb #68f0f049
 #| code-fold: true
@@ -449,4 +450,5 @@ def show_detr_map(here: str | None = None) -> None:
     if here is not None:
         x, y, width, height, *_ = MAP_PANELS[here]
         flag = {"boxstyle": "round,pad=0.25", "facecolor": ACCENT, "edgecolor": "none"}
-        ax.text(x - 0.05, y + height + 0.12, "you are here", color="white", fontsize=7.5, va="center", bbox=flag, zorder=9)
+        corner = (x - 0.05, y + height + 0.12)
+        ax.text(*corner, "you are here", color="white", fontsize=7.5, va="center", bbox=flag, zorder=9)
