@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['cxcywh_to_xyxy', 'xyxy_to_cxcywh', 'xywh_to_xyxy', 'xyxy_to_xywh', 'box_area', 'clip_boxes', 'intersection_and_union',
-           'safe_divisor', 'at_least_float32', 'paired_iou', 'box_iou', 'enclosing_area', 'paired_generalized_iou',
+           'safe_divisor', 'widen', 'paired_iou', 'box_iou', 'enclosing_area', 'paired_generalized_iou',
            'generalized_box_iou']
 
 # %% ../nbs/02_boxes.ipynb #e0fcc493
@@ -71,7 +71,7 @@ def safe_divisor(area: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
     return area.masked_fill(area < torch.finfo(area.dtype).tiny, 1.0)
 
 
-def at_least_float32(boxes: Tensor) -> Tensor:
+def widen(boxes: Tensor) -> Tensor:
     "Half-precision and integer boxes as float32, where areas do not overflow; other boxes as they are."
     return boxes.to(torch.promote_types(boxes.dtype, torch.float32))
 
@@ -81,7 +81,7 @@ def paired_iou(
     b: Float[Tensor, "*#batch 4"],  # xyxy, the unit of `a`; the shapes broadcast
 ) -> Float[Tensor, "*batch"]:  # in [0, 1]; 1 for equal boxes, 0 when neither has an area
     "Intersection over union of each box of `a` with the box of `b` in the same place."
-    intersection, union = intersection_and_union(at_least_float32(a), at_least_float32(b))
+    intersection, union = intersection_and_union(widen(a), widen(b))
     return intersection / safe_divisor(union)
 
 # %% ../nbs/02_boxes.ipynb #a0292cfe
@@ -110,7 +110,7 @@ def paired_generalized_iou(
     b: Float[Tensor, "*#batch 4"],  # xyxy, the unit of `a`; the shapes broadcast
 ) -> Float[Tensor, "*batch"]:  # in (-1, 1]; 1 for equal boxes
     "IoU less the share of the enclosing box that neither covers (Rezatofighi et al. 2019, algorithm 1)."
-    a, b = at_least_float32(a), at_least_float32(b)
+    a, b = widen(a), widen(b)
     intersection, union = intersection_and_union(a, b)
     enclosing = enclosing_area(a, b)
     return intersection / safe_divisor(union) - (enclosing - union) / safe_divisor(enclosing)
