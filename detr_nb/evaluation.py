@@ -119,7 +119,7 @@ def to_coco_table(
 
 
 def check_found(found: Found, known_images: Int[np.ndarray, "I"]) -> None:
-    "Raises `ValueError` for detections of images that the ground truth does not list, and for those that are not finite."
+    "Raises `ValueError` for detections that are not finite, or of images that the ground truth does not list."
     strange = np.setdiff1d(found.image_ids.numpy(), known_images)
     if len(strange):
         raise ValueError(f"detections for image {int(strange[0])}, which the annotations do not list "

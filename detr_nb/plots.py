@@ -222,7 +222,7 @@ def show_curves(
 
 # %% ../nbs/03_plots.ipynb #46114ae1
 def read_log(run_dir: Path | str) -> list[dict]:
-    "The lines of a run's `log.txt`; a last line cut short by a kill is left out, any other bad line raises `ValueError`."
+    "The lines of a run's `log.txt`, less a last one cut short by a kill; another bad line raises `ValueError`."
     path = Path(run_dir) / "log.txt"
     if not path.exists():
         raise FileNotFoundError(f"no log at {path}: give the folder of a run, as in runs/NAME")
@@ -317,8 +317,9 @@ def picture_self_attention(ax: Axes) -> None:
     for start in places:
         for end in places:
             ax.plot([start, end], [0.14, 0.86], color=QUIET, linewidth=0.6)
+    token = {"s": 48, "marker": "s", "color": CLASS_COLORS[4], "edgecolor": INK, "linewidth": 0.6, "zorder": 3}
     for height in (0.14, 0.86):
-        ax.scatter(places, [height] * 5, s=48, marker="s", color=CLASS_COLORS[4], edgecolor=INK, linewidth=0.6, zorder=3)
+        ax.scatter(places, [height] * 5, **token)
 
 # %% ../nbs/03_plots.ipynb #abcf41d1
 #| code-fold: true
