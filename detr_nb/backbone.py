@@ -102,7 +102,7 @@ def load_imagenet(name: str) -> dict[str, Tensor]:
         raise WeightsError(
             f"no ImageNet weights for {name}: {file} {state}, and {url} could not be downloaded "
             f"({type(error).__name__}: {error}). Download it where there is a network and put the file into "
-            f"{file.parent}, or start from random weights with pretrained=False (--no_pretrained), best with norm='group'."
+            f"{file.parent}, or start from random weights: pretrained=False (--no_pretrained), best with norm='group'."
         ) from error
 
 # %% ../nbs/08_backbone.ipynb #2cf713ab
@@ -130,7 +130,9 @@ def fill_body(
     try:
         body.load_state_dict(state)
     except RuntimeError as error:
-        raise WeightsError(f"the weights {'of ImageNet' if source is True else source} do not fit {name}: {error}") from error
+        raise WeightsError(
+            f"the weights {'of ImageNet' if source is True else source} do not fit {name}: {error}"
+        ) from error
 
 # %% ../nbs/08_backbone.ipynb #ec7e0cf6
 class Features(NamedTuple):
@@ -156,7 +158,9 @@ def check_backbone(name: str, norm: str, pretrained: bool | str | Path | None) -
     if norm not in NORMS:
         raise ValueError(f"the backbone's norm must be one of {', '.join(NORMS)}, got {norm!r}")
     if norm == "group" and pretrained:
-        raise ValueError("pretrained ResNets have batch norm: use norm='frozen' or 'batch', or pretrained=False with 'group'")
+        raise ValueError(
+            "pretrained ResNets have batch norm: use norm='frozen' or 'batch', or pretrained=False with 'group'"
+        )
 
 # %% ../nbs/08_backbone.ipynb #61e79264
 class Backbone(nn.Module):
@@ -296,7 +300,7 @@ def build_backbone(
     backbone = Backbone(name, pretrained, norm, dilation, trainable)
     if norm == "frozen" and pretrained is False and trainable:
         warnings.warn(
-            f"{name} has random weights and frozen batch norm, which then normalises nothing, and training will be poor: "
+            f"{name} has random weights and frozen batch norm, which then normalises nothing, and trains poorly: "
             "use norm='group' (or 'batch') from scratch, or pretrained weights",
             stacklevel=2,
         )

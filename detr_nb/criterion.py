@@ -36,7 +36,7 @@ def box_losses(
     targets: Targets,
     matches: Matches,
 ) -> tuple[Float[Tensor, "L"], Float[Tensor, "L"]]:
-    "L1 and generalised-IoU loss summed over the matched pairs, per decoder layer (Carion et al. 2020, sec. 3.1 and A.2)."
+    "L1 and generalised-IoU loss summed over matched pairs, per layer (Carion et al. 2020, sec. 3.1 and A.2)."
     predicted = boxes[matches.layer, matches.image, matches.query]
     wanted = targets.boxes[matches.target]
     distance = (predicted - wanted).abs().sum(-1)
@@ -89,7 +89,7 @@ class SetCriterion(nn.Module):
         self.weights = {"loss_ce": 1.0, "loss_bbox": bbox_loss_coef, "loss_giou": giou_loss_coef}
 
     def normalizers(self, counts: Int[Tensor, "B"], num_queries: int) -> Float[Tensor, "2"]:
-        "What this process adds to the two divisors: its objects (for boxes) and its summed class weights (for classes)."
+        "What this process adds to the two divisors: its objects (for boxes) and its class weights (for classes)."
         matched = counts.clamp(max=num_queries).sum()
         unmatched = len(counts) * num_queries - matched
         return torch.stack([counts.sum().float(), matched + self.eos_coef * unmatched])

@@ -41,7 +41,7 @@ def matching_cost(
     cost_bbox: float = 5.0,  # weight of the L1 distance of the boxes
     cost_giou: float = 2.0,  # weight of minus the generalised IoU
 ) -> Float[Tensor, "L N Q"]:
-    "What it costs to let each query of an image answer for each object of the same image (Carion et al. 2020, sec. 3.1)."
+    "The cost of letting each query of an image answer for each of its objects (Carion et al. 2020, sec. 3.1)."
     image = image_of_target(targets)
     probabilities = predictions.logits.float().softmax(-1)
     of_class = probabilities[:, image, :, targets.labels].transpose(0, 1)  # (N, L, Q) to (L, N, Q)
@@ -57,7 +57,7 @@ def check_cost(
     counts: list[int],  # objects per image
     image_ids: Int[Tensor, "B"],
 ) -> None:
-    "Warn when an image has more objects than there are queries; raise `FloatingPointError` when a cost is not a number."
+    "Warn when an image has more objects than queries; raise `FloatingPointError` at a cost that is no number."
     queries = cost.shape[2]
     if max(counts, default=0) > queries:
         for image, count in enumerate(counts):
@@ -72,7 +72,7 @@ def check_cost(
         image = int(np.searchsorted(np.cumsum(counts), target, side="right"))
         raise FloatingPointError(
             f"the matching cost is {cost[layer, target, query]} in decoder layer {layer} for query {query} of image "
-            f"{int(image_ids[image])}: the model's logits or boxes are not finite; lower the learning rate or clip gradients"
+            f"{int(image_ids[image])}: logits or boxes are not finite; lower the learning rate or clip gradients"
         )
 
 # %% ../nbs/12_matcher.ipynb #e815bb31
@@ -83,7 +83,7 @@ def match(
     cost_bbox: float = 5.0,
     cost_giou: float = 2.0,
 ) -> Matches:
-    "The cheapest one-to-one assignment in every layer and image (Carion et al. 2020, eq. 1), after one copy from the device."
+    "The cheapest one-to-one assignment in every layer and image (Carion et al. 2020, eq. 1); one copy from the device."
     cost = matching_cost(predictions, targets, cost_class, cost_bbox, cost_giou)
     counts = targets.counts
     host = torch.cat([counts.to(cost.dtype), cost.flatten()]).cpu().numpy()

@@ -38,7 +38,9 @@ def normalized_places(
 def check_width(hidden_dim: int, parts: int) -> None:
     "Raise `ValueError` unless the width splits into `parts` equal parts."
     if hidden_dim <= 0 or hidden_dim % parts:
-        raise ValueError(f"hidden_dim must be a positive multiple of {parts} for this position encoding, got {hidden_dim}")
+        raise ValueError(
+            f"hidden_dim must be a positive multiple of {parts} for this position encoding, got {hidden_dim}"
+        )
 
 # %% ../nbs/09_position_encoding.ipynb #cfaa0702
 def join_axes(
@@ -50,7 +52,7 @@ def join_axes(
 
 # %% ../nbs/09_position_encoding.ipynb #7975a3b6
 class SinePositionEncoding(nn.Module):
-    "A fixed address for every cell of a feature map (Carion et al. 2020, appendix A.4): its row's code, its column's code."
+    "A fixed address for every cell of a feature map (Carion et al. 2020, A.4): its row's code, its column's code."
 
     def __init__(
         self,

@@ -49,7 +49,9 @@ class Projections(nn.Module):
         projected = F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
         return tuple(split_heads(part, self.heads) for part in projected.chunk(last + 1 - first, dim=-1))
 
-    def queries_and_keys(self, queries: Tensor, keys: Tensor) -> tuple[Float[Tensor, "B h T d"], Float[Tensor, "B h S d"]]:
+    def queries_and_keys(
+        self, queries: Tensor, keys: Tensor
+    ) -> tuple[Float[Tensor, "B h T d"], Float[Tensor, "B h S d"]]:
         "Both projected: in one go when they are the same tensor, as in self-attention."
         if queries is keys:
             return self.project(queries, 0, 1)
@@ -57,7 +59,7 @@ class Projections(nn.Module):
 
 # %% ../nbs/10_transformer.ipynb #d677c3cf
 class MultiHeadAttention(Projections):
-    "Several looks at once, and one matrix to bring them together (Vaswani et al. 2017, sec. 3.2; Carion et al. 2020, A.1)."
+    "Several looks at once, and one matrix to join them (Vaswani et al. 2017, sec. 3.2; Carion et al. 2020, A.1)."
 
     def __init__(
         self,
@@ -111,7 +113,7 @@ class Layer(nn.Module):
         return self.linear2(self.dropout(F.relu(self.linear1(x))))
 
     def residual(self, x: Float[Tensor, "B S D"], part: Callable, norm: nn.LayerNorm) -> Float[Tensor, "B S D"]:
-        "`x` plus what `part` makes of it, normalised after the sum (the paper's way) or, with `pre_norm`, before `part`."
+        "`x` plus what `part` makes of it, normalised after the sum (as in the paper) or, with `pre_norm`, before."
         if self.pre_norm:
             return x + self.dropout(part(norm(x)))
         return norm(x + self.dropout(part(x)))
@@ -186,7 +188,10 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(width) if pre_norm else nn.Identity()
 
     def forward(
-        self, tokens: Float[Tensor, "B S D"], positions: Float[Tensor, "b S D"], keep: Bool[Tensor, "B 1 1 S"] | None = None
+        self,
+        tokens: Float[Tensor, "B S D"],
+        positions: Float[Tensor, "b S D"],
+        keep: Bool[Tensor, "B 1 1 S"] | None = None,
     ) -> Float[Tensor, "B S D"]:
         "Tokens that know of each other; positions are added anew in every layer."
         for layer in self.layers:
@@ -235,7 +240,9 @@ class Transformer(nn.Module):
         super().__init__()
         if dec_layers < 1:
             raise ValueError(f"the decoder needs at least one layer to give an answer, got dec_layers={dec_layers}")
-        layer = dict(width=hidden_dim, heads=nheads, dim_feedforward=dim_feedforward, dropout=dropout, pre_norm=pre_norm)
+        layer = dict(
+            width=hidden_dim, heads=nheads, dim_feedforward=dim_feedforward, dropout=dropout, pre_norm=pre_norm
+        )
         self.encoder, self.decoder = Encoder(enc_layers, **layer), Decoder(dec_layers, **layer)
         for parameter in self.parameters():
             if parameter.dim() > 1:
