@@ -152,7 +152,7 @@ def open_data(config: Config, process: Process) -> tuple[CocoDataset, CocoDatase
         make = laptop_transform if sides else paper_transform
     else:
         root, sides, make = Path(config.shapes_path), {}, laptop_transform
-        if process.is_main:
+        if process.is_main and not (root / "shapes.json").exists():  # a smaller set drawn by hand stays as it is
             write_shapes(root)
         barrier()
     train, val = open_coco(root, "train"), open_coco(root, "val")
