@@ -10,6 +10,8 @@ import pytest
 
 from detr_nb.shapes import write_shapes
 
+pytestmark = pytest.mark.slow  # each test starts the launcher anew, some with two processes
+
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
     "--enc_layers", "1", "--dec_layers", "2", "--hidden_dim", "64", "--dim_feedforward", "128", "--epochs", "1",
