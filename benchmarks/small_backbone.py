@@ -10,16 +10,14 @@ from torch import nn
 
 from detr_nb.backbone import SmallBackbone
 
-DESIGNS = [
-    ("conv", (32, 64, 128, 128), (1, 1, 1, 1)),
-    ("conv", (24, 48, 96, 192), (1, 1, 1, 1)),
-    ("conv", (16, 32, 64, 128), (1, 1, 2, 2)),
-    ("conv", (32, 64, 128, 256), (0, 1, 1, 1)),
-    ("conv", (32, 64, 128, 128), (0, 1, 1, 1)),
-    ("conv", (24, 48, 96, 192), (0, 1, 1, 2)),
-    ("double", (48, 96, 192), (1, 1, 1)),
-    ("wide", (64, 128, 128), (1, 1, 1)),
-    ("patch", (64, 128, 128), (1, 1, 1)),
+DESIGNS = [  # channels and residual blocks of each stage
+    ((32, 64, 128, 128), (1, 1, 1, 1)),
+    ((32, 64, 128, 256), (0, 1, 1, 1)),
+    ((32, 64, 128, 128), (0, 1, 1, 1)),
+    ((24, 48, 96, 192), (1, 1, 1, 1)),
+    ((24, 48, 96, 192), (0, 1, 1, 2)),
+    ((16, 32, 64, 128), (1, 1, 2, 2)),
+    ((16, 32, 64, 128), (0, 1, 1, 1)),
 ]
 
 
@@ -43,13 +41,13 @@ def forward_and_backward(model: nn.Module, images: torch.Tensor) -> None:
 def main() -> None:
     torch.set_num_threads(int(sys.argv[1]) if len(sys.argv) > 1 else 2)
     images = torch.randn(32, 3, 128, 128)
-    print("stem    widths               blocks        forward  with backward (ms)  parameters (M)")
-    for stem, widths, blocks in DESIGNS:
-        model = SmallBackbone(widths, blocks, stem)
+    print("widths               blocks        forward  with backward (ms)  parameters (M)")
+    for widths, blocks in DESIGNS:
+        model = SmallBackbone(widths, blocks)
         forward = best_of(model, images)
         both = best_of(forward_and_backward, model, images)
         size = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"{stem:7} {str(widths):20} {str(blocks):13} {forward:7.0f} {both:19.0f} {size:15.2f}")
+        print(f"{str(widths):20} {str(blocks):13} {forward:7.0f} {both:19.0f} {size:15.2f}")
     conv, x = nn.Conv2d(64, 64, 3, padding=1, bias=False), torch.randn(32, 64, 32, 32)
     for layout in (torch.contiguous_format, torch.channels_last):
         inputs = x.contiguous(memory_format=layout).requires_grad_()

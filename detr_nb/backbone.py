@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['NORMS', 'RESNETS', 'FrozenBatchNorm2d', 'group_norm', 'dilate_last_stage', 'resnet_body', 'WeightsError',
            'imagenet_weights', 'load_imagenet', 'load_weights', 'fill_body', 'Features', 'shrink_padding',
-           'check_backbone', 'Backbone', 'conv_norm', 'ResidualBlock', 'small_stem', 'SmallBackbone', 'check_stages',
-           'build_backbone']
+           'check_backbone', 'Backbone', 'masked_group_norm', 'ConvNorm', 'ResidualBlock', 'SmallBackbone',
+           'check_stages', 'build_backbone']
 
 # %% ../nbs/08_backbone.ipynb #c764e913
 import logging
@@ -204,12 +204,40 @@ class Backbone(nn.Module):
         return Features(tuple(maps), shrink_padding(padding, x.shape[-2:]))
 
 # %% ../nbs/08_backbone.ipynb #122d178c
-def conv_norm(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 8) -> nn.Sequential:
-    "A convolution without bias that keeps the size, but for its stride; then group norm."
-    padding = kernel // 2 if kernel % 2 else 0  # an even kernel cuts the image into patches
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    return nn.Sequential(conv, group_norm(outputs, groups))
+def masked_group_norm(
+    x: Float[Tensor, "B D H W"],
+    norm: nn.GroupNorm,
+    real: Bool[Tensor, "B 1 H W"] | None,  # True on the image, False on padding; None when nothing is padded
+) -> Float[Tensor, "B D H W"]:  # zero on padding
+    "Group norm (Wu and He 2018, eq. 1) with mean and deviation over the real cells of each image."
+    if real is None:
+        return norm(x)
+    real = real.to(x.dtype)
+    size = real.sum((2, 3)) * (norm.num_channels // norm.num_groups)  # numbers in each group, (B, 1)
+
+    def mean(x: Tensor) -> Tensor:
+        groups = x.sum((2, 3)).unflatten(1, (norm.num_groups, -1)).sum(2) / size
+        return groups.repeat_interleave(norm.num_channels // norm.num_groups, 1)[:, :, None, None]
+
+    centred = (x - mean(x * real)) * real
+    scale = (mean(centred.square()) + norm.eps).rsqrt() * norm.weight[:, None, None]
+    return torch.addcmul(norm.bias[:, None, None] * real, centred, scale)
+
+# %% ../nbs/08_backbone.ipynb #5c6cb35b
+class ConvNorm(nn.Module):
+    "A convolution without bias that keeps the size, but for its stride; then group norm over real cells."
+
+    def __init__(self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 8):
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+        self.norm = group_norm(outputs, groups)
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(
+        self, x: Float[Tensor, "B C H W"], real: Bool[Tensor, "B 1 h w"] | None = None
+    ) -> Float[Tensor, "B D h w"]:
+        "Zero on padding, so that the next convolution sees what it would see beyond the edge of the image alone."
+        return masked_group_norm(self.conv(x), self.norm, real)
 
 
 class ResidualBlock(nn.Module):
@@ -217,64 +245,52 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1):
         super().__init__()
-        self.first = conv_norm(inputs, outputs, stride=stride)
-        self.second = conv_norm(outputs, outputs)
+        self.first, self.second = ConvNorm(inputs, outputs, stride=stride), ConvNorm(outputs, outputs)
         same = inputs == outputs and stride == 1
-        self.shortcut = nn.Identity() if same else conv_norm(inputs, outputs, kernel=1, stride=stride)
+        self.shortcut = None if same else ConvNorm(inputs, outputs, kernel=1, stride=stride)
 
-    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
+    def forward(
+        self, x: Float[Tensor, "B C H W"], real: Bool[Tensor, "B 1 h w"] | None = None
+    ) -> Float[Tensor, "B D h w"]:
         "The sum, with its negatives cut off."
-        change = self.second(F.relu(self.first(x), inplace=True))
-        return F.relu(change.add_(self.shortcut(x)), inplace=True)
+        change = self.second(F.relu(self.first(x, real), inplace=True), real)
+        return F.relu(change + (x if self.shortcut is None else self.shortcut(x, real)), inplace=True)
 
-# %% ../nbs/08_backbone.ipynb #b75bcfba
-def small_stem(
-    kind: str,  # "conv": 3x3, stride 2; "double": two of these; "wide": 7x7, stride 4; "patch": 4x4, stride 4
-    width: int,  # channels that come out
-) -> tuple[nn.Module, int]:  # the stem, and its stride
-    "The first layers of `SmallBackbone`."
-    if kind == "conv":
-        return nn.Sequential(conv_norm(3, width, 3, stride=2), nn.ReLU(inplace=True)), 2
-    if kind == "double":
-        half = nn.Sequential(conv_norm(3, width // 2, 3, stride=2), nn.ReLU(inplace=True))
-        return nn.Sequential(half, conv_norm(width // 2, width, 3, stride=2), nn.ReLU(inplace=True)), 4
-    if kind in ("wide", "patch"):
-        return nn.Sequential(conv_norm(3, width, 7 if kind == "wide" else 4, stride=4), nn.ReLU(inplace=True)), 4
-    raise ValueError(f"the stem must be one of conv, double, wide, patch, got {kind!r}")
-
-# %% ../nbs/08_backbone.ipynb #5c6cb35b
+# %% ../nbs/08_backbone.ipynb #621f1f78
 class SmallBackbone(nn.Module):
     "A residual network of stride 16 for images of about 128 pixels, quick on a CPU and trained from scratch."
 
     def __init__(
         self,
-        widths: tuple[int, ...] = (32, 64, 128, 128),  # channels of each stage
-        blocks: tuple[int, ...] = (1, 1, 1, 1),  # residual blocks in each stage; the first stage may have none
-        stem: str = "conv",  # as in `small_stem`
+        widths: tuple[int, ...] = (16, 32, 64, 128),  # channels of each stage
+        blocks: tuple[int, ...] = (0, 1, 2, 2),  # residual blocks in each stage; the first stage may have none
         trainable: bool = True,
     ):
         super().__init__()
-        self.stem, stride = small_stem(stem, widths[0])
-        self.stages, self.channels, self.strides = nn.ModuleList(), (), ()
-        inputs = widths[0]
+        self.stem, inputs, stride = ConvNorm(3, widths[0], stride=2), widths[0], 2
+        self.stages, self.channels, self.strides = nn.ModuleList(), widths, ()
         for index, (width, count) in enumerate(zip(widths, blocks, strict=True)):
             step = 2 if index and stride < 16 else 1
             stage = [ResidualBlock(width if later else inputs, width, 1 if later else step) for later in range(count)]
-            self.stages.append(nn.Sequential(*stage))
+            self.stages.append(nn.ModuleList(stage))
             inputs, stride = width, stride * step
-            self.channels, self.strides = (*self.channels, width), (*self.strides, stride)
+            self.strides = (*self.strides, stride)
         check_stages(blocks, stride)
         self.num_channels, self.stride = inputs, stride
         self.requires_grad_(trainable)
 
     def forward(self, images: Float[Tensor, "B 3 H W"], padding: Bool[Tensor, "B H W"] | None = None) -> Features:
         "The maps of all stages, and the padding of the last; `channels_last` in memory, which a CPU convolves faster."
-        x = self.stem(images.contiguous(memory_format=torch.channels_last))
+        def real(stride: int) -> Bool[Tensor, "B 1 h w"] | None:
+            return None if padding is None else ~padding[:, None, ::stride, ::stride]
+
+        x = F.relu(self.stem(images.contiguous(memory_format=torch.channels_last), real(2)), inplace=True)
         maps = []
-        for stage in self.stages:
-            x = stage(x)
+        for stage, stride in zip(self.stages, self.strides):
+            for block in stage:
+                x = block(x, real(stride))
             maps.append(x)
-        return Features(tuple(maps), shrink_padding(padding, x.shape[-2:]))
+        return Features(tuple(maps), None if padding is None else padding[:, :: self.stride, :: self.stride])
 
 # %% ../nbs/08_backbone.ipynb #470db980
 def check_stages(blocks: tuple[int, ...], stride: int) -> None:

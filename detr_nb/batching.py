@@ -145,7 +145,7 @@ def group_alike(
     aspects: Float[np.ndarray, "N"],  # height / width of each sample, by index
     batch_size: int,  # of all processes together
     rng: np.random.Generator | None = None,  # shuffles the batches again; None leaves them sorted
-    window: int = 32,  # batches that are sorted together; more means less padding and less chance
+    window: int = 256,  # batches that are sorted together; more means less padding and less chance
 ) -> Int[np.ndarray, "N"]:
     "Sort stretches of the order by aspect ratio, so that batches cut from it hold images of like shape."
     parts, rest = [], len(order) % batch_size

@@ -122,6 +122,7 @@ def build_detr(
     backbone: str | nn.Module = "resnet50",  # small, resnet18, resnet34, resnet50, resnet101, or a module
     dilation: bool = False,  # DC5
     position_embedding: str = "sine",  # or "learned"
+    temperature: float = 10000.0,  # of the sine position encoding
     hidden_dim: int = 256,
     nheads: int = 8,
     enc_layers: int = 6,
@@ -138,5 +139,5 @@ def build_detr(
     if isinstance(backbone, str):
         backbone = build_backbone(backbone, pretrained, norm, dilation, train_backbone)
     transformer = Transformer(hidden_dim, nheads, enc_layers, dec_layers, dim_feedforward, dropout, pre_norm)
-    position_encoding = build_position_encoding(position_embedding, hidden_dim)
+    position_encoding = build_position_encoding(position_embedding, hidden_dim, temperature)
     return DETR(backbone, transformer, position_encoding, num_classes, num_queries)

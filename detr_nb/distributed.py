@@ -168,6 +168,11 @@ def read_launcher(environ: Mapping[str, str]) -> Launch:
             f"{launch.launcher} says that this is process {launch.rank} of {launch.world_size}, "
             f"but ranks go from 0 to {launch.world_size - 1}: look at the variables that start the processes"
         )
+    if launch.master_port < 1:
+        raise ValueError(
+            f"MASTER_PORT is {launch.master_port}, where nobody can meet: torchrun does not look for a free port "
+            "with --master_port=0, use --standalone"
+        )
     return launch
 
 # %% ../nbs/00_distributed.ipynb #a1f2874b

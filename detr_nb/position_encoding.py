@@ -123,10 +123,11 @@ class LearnedPositionEncoding(nn.Module):
 def build_position_encoding(
     kind: str,  # "sine" or "learned", the values of --position_embedding
     hidden_dim: int,  # the width of the transformer
+    temperature: float = 10000.0,  # of the sine waves; the learned encoding has none
 ) -> nn.Module:
     "The position encoding of that name; raises `ValueError` for another name."
     if kind == "sine":
-        return SinePositionEncoding(hidden_dim)
+        return SinePositionEncoding(hidden_dim, temperature)
     if kind == "learned":
         return LearnedPositionEncoding(hidden_dim)
     raise ValueError(f"--position_embedding must be 'sine' or 'learned', got {kind!r}")
