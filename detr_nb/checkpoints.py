@@ -2,20 +2,23 @@
 
 # %% auto #0
 __all__ = ['logger', 'RELEASED_URL', 'RELEASED', 'HALVES', 'ENCODER', 'DECODER', 'TABLES', 'BLOCK', 'NAMES', 'RESNET', 'TIMM',
-           'DEPTHS', 'CheckpointError', 'save_checkpoint', 'load_file', 'load_safetensors', 'cached', 'fetch',
-           'Contents', 'read_source', 'beside', 'split_contents', 'rename', 'reversed_table', 'modern_name',
-           'join_projections', 'split_projections', 'layout_of', 'our_name', 'our_tensors', 'count_blocks',
-           'read_backbone', 'read_architecture', 'told', 'load_model', 'load_layout', 'from_released',
-           'from_transformers', 'architecture', 'check_writable', 'plain_tensors', 'to_released', 'released_name',
-           'to_transformers']
+           'DEPTHS', 'COCO_NAMES', 'CLASS_HEAD', 'CheckpointError', 'save_checkpoint', 'load_file', 'load_safetensors',
+           'cached', 'fetch', 'Contents', 'read_source', 'beside', 'split_contents', 'rename', 'reversed_table',
+           'modern_name', 'join_projections', 'split_projections', 'layout_of', 'our_name', 'our_tensors',
+           'count_blocks', 'read_backbone', 'read_architecture', 'load_checkpoint', 'complete', 'settings_of_ours',
+           'told', 'load_model', 'load_layout', 'from_released', 'from_transformers', 'architecture', 'check_writable',
+           'plain_tensors', 'to_released', 'released_name', 'to_transformers', 'class_names', 'Preprocessing',
+           'Detector', 'load_detector', 'named_model', 'detr_resnet50', 'detr_resnet50_dc5', 'detr_resnet101',
+           'detr_resnet101_dc5', 'settings_changed', 'Report', 'class_rows', 'take_queries', 'take_classes', 'finetune']
 
 # %% ../nbs/17_checkpoints.ipynb #a346202f
 import argparse
+import inspect
 import json
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,12 +26,11 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .backbone import Backbone, FrozenBatchNorm2d, SmallBackbone
+from .backbone import Backbone
 from .detr import DETR, build_detr
 from .distributed import get_logger
-from .position_encoding import LearnedPositionEncoding, SinePositionEncoding
 
 logger = get_logger(__name__)
 
@@ -142,13 +144,20 @@ def read_source(
     if source in RELEASED and not Path(source).exists():
         source = RELEASED_URL + RELEASED[source]
     path = fetch(source) if source.startswith(("http://", "https://")) else Path(source)
+    if path.is_dir():  # as `save_pretrained` of transformers writes it
+        path = next((path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()), path)
     return split_contents(load_file(path), source, beside(path))
 
 
 def beside(path: Path) -> dict:
-    "What the `config.json` in the same folder says; transformers writes one beside its weights."
+    "What the `config.json` says that transformers writes beside its weights."
     file = path.with_name("config.json")
-    return {"config.json": json.loads(file.read_text(encoding="utf-8"))} if file.is_file() else {}
+    if path.suffix not in (".safetensors", ".bin") or not file.is_file():
+        return {}
+    try:
+        return {"config.json": json.loads(file.read_text(encoding="utf-8"))}
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from None
 
 
 def split_contents(found: Any, name: str, rest: dict) -> Contents:
@@ -278,6 +287,8 @@ def our_tensors(contents: Contents) -> dict[str, Tensor]:
             contents.name, list(named.values()).count(None),
         )
     tensors = {ours: contents.tensors[name] for name, ours in named.items() if ours}
+    if layout != "detr_nb":  # frozen norms count no batches
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")}
     return join_projections(tensors) if layout == "transformers" else tensors
 
 # %% ../nbs/17_checkpoints.ipynb #e46418f3
@@ -302,10 +313,9 @@ def read_backbone(tensors: dict[str, Tensor]) -> dict[str, str]:
     blocks = (last, *(count_blocks(list(tensors), f"backbone.body.layer{stage}.") for stage in range(1, 5)))
     if blocks not in DEPTHS:
         raise CheckpointError(f"no ResNet known here has stages of {blocks[1:]} blocks that end in {last}")
-    return {
-        "backbone": DEPTHS[blocks],
-        "norm": "frozen" if "backbone.body.bn1.running_mean" in tensors else "group",
-    }
+    parts = {name.rsplit(".", 1)[-1] for name in tensors if name.startswith("backbone.body.bn1.")}
+    norm = "batch" if "num_batches_tracked" in parts else "frozen" if "running_mean" in parts else "group"
+    return {"backbone": DEPTHS[blocks], "norm": norm}
 
 
 def read_architecture(tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -328,10 +338,47 @@ def read_architecture(tensors: dict[str, Tensor]) -> dict[str, Any]:
         raise CheckpointError(f"the checkpoint has no {error.args[0]}, which every DETR has") from None
 
 # %% ../nbs/17_checkpoints.ipynb #6b08e03f
+def load_checkpoint(path: str | Path) -> dict:
+    "A checkpoint of ours, whole, as `save_checkpoint` wrote it; raises `CheckpointError` for anything else."
+    state = load_file(path)
+    if not isinstance(state, dict) or state.get("format") != "detr_nb":
+        raise CheckpointError(f"{path}: not a checkpoint of detr_nb.train; name a checkpoint.pth or best.pth of a run")
+    if state.get("version") != 1:
+        raise CheckpointError(f"{path} is of version {state.get('version')}, this code reads version 1: update detr_nb")
+    return complete(state)
+
+
+def complete(state: dict) -> dict:
+    "Add what the first checkpoints of ours did not keep, from their settings: architecture and preprocessing."
+    config, found = state["config"], dict(state)
+    if "architecture" not in found:
+        arguments = inspect.signature(build_detr).parameters.keys() & config.keys() - {"pretrained"}
+        found["architecture"] = {key: config[key] for key in arguments} | {
+            "norm": config["backbone_norm"], "num_classes": len(state["classes"]["names"]),
+        }
+    if "preprocessing" not in found:
+        short = config["image_size"] or (800 if config["coco_path"] else None)
+        limit = max(1, round(1333 * short / 800)) if config["coco_path"] else 160
+        found["preprocessing"] = {"short_side": short, "max_size": limit}
+    return found
+
+# %% ../nbs/17_checkpoints.ipynb #3561d685
+def settings_of_ours(contents: Contents) -> dict:
+    "What a checkpoint of ours keeps beside the tensors; raises `CheckpointError` when there is nothing."
+    if contents.rest.get("format") != "detr_nb":
+        raise CheckpointError(
+            f"{contents.name} holds tensors of ours without their settings (heads, temperature, classes), which no "
+            "shape shows: build the model yourself and call its load_state_dict, or give a checkpoint.pth of a run"
+        )
+    return complete(contents.rest)
+
+# %% ../nbs/17_checkpoints.ipynb #b59b9877
 def told(contents: Contents) -> dict[str, Any]:
-    "Heads and dilation, which no shape shows: from the settings saved with the tensors, else the name, else the paper."
+    "Heads, dilation and such, which no shape shows: from the settings beside the tensors, else the name, else the paper."
+    if layout_of(contents) == "detr_nb":
+        return settings_of_ours(contents)["architecture"]
     stem = Path(urlsplit(contents.name).path).stem
-    found = {"nheads": 8, "dilation": "dc5" in re.split(r"[-_.]", stem.lower())}
+    found = {"nheads": 8, "dilation": "dc5" in re.split(r"[-_.]", stem.lower()), "temperature": 10000.0}
     if isinstance(flags := contents.rest.get("args"), argparse.Namespace):  # the released training
         found |= {key: value for key, value in vars(flags).items() if key in ("nheads", "dilation")}
     settings = contents.rest.get("config.json", {})  # transformers
@@ -383,15 +430,12 @@ def from_transformers(
 def architecture(model: DETR) -> dict[str, Any]:
     "The arguments of `build_detr` that make this model again; what a checkpoint of ours says of it."
     layer, positions, body = model.transformer.decoder.layers[0], model.position_encoding, model.backbone
-    found = read_architecture(model.state_dict()) | {
+    return read_architecture(model.state_dict()) | {
         "nheads": layer.self_attn.heads,
         "dropout": layer.dropout.p,
         "temperature": float(getattr(positions, "temperature", 10000)),
         "dilation": isinstance(body, Backbone) and body.stride == 16,
     }
-    if isinstance(body, Backbone) and isinstance(body.body.bn1, nn.BatchNorm2d):
-        found["norm"] = "batch"
-    return found
 
 
 def check_writable(model: DETR, where: str, pre_norm: bool) -> None:
@@ -435,3 +479,187 @@ def to_transformers(
     check_writable(model, "transformers", pre_norm=False)
     table = NAMES + (TIMM if timm else RESNET)
     return {rename(name, table): tensor for name, tensor in split_projections(plain_tensors(model)).items()}
+
+# %% ../nbs/17_checkpoints.ipynb #6bedb8f3
+COCO_NAMES = tuple(
+    "N/A,person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,N/A,stop sign,"
+    "parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,N/A,backpack,umbrella,N/A,N/A,"
+    "handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,"
+    "tennis racket,bottle,N/A,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,"
+    "hot dog,pizza,donut,cake,chair,couch,potted plant,bed,N/A,dining table,N/A,N/A,toilet,N/A,tv,laptop,mouse,"
+    "remote,keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,N/A,book,clock,vase,scissors,teddy bear,"
+    "hair drier,toothbrush".split(",")
+)  # by COCO's category id, 0..90, as the released models count; 11 ids are not used
+
+# %% ../nbs/17_checkpoints.ipynb #b1ec33f5
+def class_names(contents: Contents, num_classes: int) -> tuple[str, ...] | None:
+    "The names of a checkpoint's classes; None when it does not say and is not one of COCO's."
+    if "classes" in contents.rest:
+        return tuple(contents.rest["classes"]["names"])
+    if labels := contents.rest.get("config.json", {}).get("id2label"):
+        return tuple(labels.get(str(index), "N/A") for index in range(num_classes))
+    if num_classes in (91, 250):  # the panoptic models have 250, of which 1..90 are COCO's objects
+        return (COCO_NAMES + tuple(f"category {index}" for index in range(91, num_classes)))[:num_classes]
+    return None
+
+# %% ../nbs/17_checkpoints.ipynb #25396b96
+class Preprocessing(NamedTuple):
+    "The size that a model wants its images in."
+    short_side: int | None  # pixels; None: as it is
+    max_size: int | None  # pixels, at most, for the long side; None: no limit
+
+
+class Detector(NamedTuple):
+    "A model in evaluation mode, and what one must know to use it."
+    model: DETR
+    names: tuple[str, ...]  # of each class
+    category_ids: tuple[int, ...]  # of each class, in the data set it was trained on
+    preprocessing: Preprocessing
+
+
+def load_detector(
+    source: str | Path | Mapping,  # a path, an address, a name such as "detr_resnet50", or the loaded checkpoint
+) -> Detector:
+    "Any checkpoint, of ours, of the released code or of transformers, ready to be used; raises `CheckpointError`."
+    contents = read_source(source)
+    if layout_of(contents) == "detr_nb":
+        model, state = load_model(contents), settings_of_ours(contents)
+        classes, size = state["classes"], Preprocessing(**state["preprocessing"])
+        return Detector(model, tuple(classes["names"]), tuple(classes["ids"]), size)
+    model = load_model(contents)
+    count = model.num_classes
+    names = class_names(contents, count) or tuple(f"class {index}" for index in range(count))
+    return Detector(model, names, tuple(range(count)), Preprocessing(800, 1333))
+
+# %% ../nbs/17_checkpoints.ipynb #af9c3436
+def named_model(
+    name: str,  # one of RELEASED's
+    pretrained: bool,
+    num_classes: int,
+) -> DETR:
+    "A model of the paper by its name in torch.hub; raises `ValueError` for released weights with other classes."
+    if not pretrained:
+        return build_detr(num_classes, name.split("_")[1], dilation=name.endswith("dc5"), pretrained=None)
+    if num_classes != len(COCO_NAMES):
+        raise ValueError(
+            f"the released {name} has {len(COCO_NAMES)} classes, not {num_classes}: "
+            f"make one without pretrained=True and call finetune(model, {name!r}, names)"
+        )
+    return from_released(name)
+
+
+def detr_resnet50(pretrained: bool = False, num_classes: int = 91) -> DETR:
+    "DETR R50 (Carion et al. 2020, table 1): released weights in evaluation mode, or random ones to be filled."
+    return named_model("detr_resnet50", pretrained, num_classes)
+
+
+def detr_resnet50_dc5(pretrained: bool = False, num_classes: int = 91) -> DETR:
+    "DETR-DC5 R50, whose last feature map has stride 16; as `detr_resnet50` otherwise."
+    return named_model("detr_resnet50_dc5", pretrained, num_classes)
+
+
+def detr_resnet101(pretrained: bool = False, num_classes: int = 91) -> DETR:
+    "DETR R101; as `detr_resnet50` otherwise."
+    return named_model("detr_resnet101", pretrained, num_classes)
+
+
+def detr_resnet101_dc5(pretrained: bool = False, num_classes: int = 91) -> DETR:
+    "DETR-DC5 R101; as `detr_resnet50_dc5` otherwise."
+    return named_model("detr_resnet101_dc5", pretrained, num_classes)
+
+# %% ../nbs/17_checkpoints.ipynb #9c9d16f6
+def settings_changed(
+    saved: Mapping[str, Any],  # of a checkpoint
+    now: Mapping[str, Any],  # of the command line
+) -> dict[str, tuple[Any, Any]]:  # by name: what it was, what it is
+    "The settings that both have and that differ."
+    return {key: (saved[key], now[key]) for key in now if key in saved and saved[key] != now[key]}
+
+# %% ../nbs/17_checkpoints.ipynb #3195c204
+class Report(NamedTuple):
+    "What of a checkpoint went into a model, and what did not."
+    source: str
+    loaded: dict[str, tuple[int, ...]]  # shapes of tensors that were taken as they are
+    partly: dict[str, str]  # which rows of a tensor were taken
+    fresh: dict[str, tuple[int, ...]]  # shapes of the model's tensors that stay as they were initialised
+    unused: dict[str, tuple[int, ...]]  # shapes of the checkpoint's tensors that found no place
+    settings: dict[str, tuple[Any, Any]]  # what no shape shows and is not alike: of the checkpoint, of the model
+
+    def __str__(self) -> str:
+        "One line per tensor that was not taken whole."
+        lines = [f"{self.source}: {len(self.loaded)} tensors taken, {len(self.partly)} in part"]
+        lines += [f"  in part {name} {rows}" for name, rows in self.partly.items()]
+        lines += [f"  anew {name} {shape}" for name, shape in self.fresh.items()]
+        lines += [f"  not used {name} {shape}" for name, shape in self.unused.items()]
+        lines += [f"  differs {key}: {old} there, {new} here" for key, (old, new) in self.settings.items()]
+        return "\n".join(lines)
+
+# %% ../nbs/17_checkpoints.ipynb #23d25859
+CLASS_HEAD = ("class_embed.weight", "class_embed.bias")
+
+
+def class_rows(
+    theirs: Sequence[str],
+    ours: Sequence[str],
+) -> dict[int, int]:  # our row: their row
+    "Where the rows of classes of the same name (but for case) lie in the two class heads; no-object is the last row."
+    place = {name.casefold(): row for row, name in enumerate(theirs) if name != "N/A"}
+    shared = {row: place[name.casefold()] for row, name in enumerate(ours) if name.casefold() in place}
+    return shared | {len(ours): len(theirs)}
+
+
+def take_queries(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, str]:
+    "Copy as many queries as both have, the first ones; returns what was taken of which tensor."
+    name = "query_embed.weight"
+    rows = min(len(ours[name]), len(theirs[name]))
+    if len(ours[name]) == len(theirs[name]) or ours[name].shape[1] != theirs[name].shape[1]:
+        return {}
+    ours[name][:rows] = theirs[name][:rows]
+    anew = f", rows {rows} to {len(ours[name]) - 1} anew" if rows < len(ours[name]) else ""
+    return {name: f"{tuple(ours[name].shape)}: the first {rows} of the checkpoint's {len(theirs[name])} rows{anew}"}
+
+
+def take_classes(
+    ours: dict[str, Tensor],
+    theirs: dict[str, Tensor],
+    contents: Contents,
+    names: Sequence[str],  # of our classes
+) -> dict[str, str]:
+    "Copy the class head's rows of shared names; returns what was taken of which tensor. Raises `CheckpointError`."
+    known = class_names(contents, len(theirs["class_embed.weight"]) - 1)
+    if known is None:
+        raise CheckpointError(f"{contents.name} does not name its classes: leave keep_classes out")
+    if ours["class_embed.weight"].shape[1] != theirs["class_embed.weight"].shape[1]:
+        return {}
+    rows = class_rows(known, names)
+    for name in CLASS_HEAD:
+        ours[name][list(rows)] = theirs[name][list(rows.values())].to(ours[name])
+    shared = ", ".join([*(names[row] for row in list(rows)[:-1]), "no-object"])
+    anew = ", the others anew" if len(rows) < len(names) + 1 else ""
+    return {name: f"{tuple(ours[name].shape)}: the rows of {shared}{anew}" for name in CLASS_HEAD}
+
+# %% ../nbs/17_checkpoints.ipynb #a9384a4a
+@torch.no_grad()
+def finetune(
+    model: DETR,  # freshly built; what does not fit stays as it is
+    source: str | Path | Mapping,  # as in `load_detector`
+    names: Sequence[str],  # of the model's classes
+    keep_classes: bool = False,  # take the class head's rows of classes that both have, and of no-object
+) -> Report:
+    "Load all that fits by name and shape into a model for other classes; raises `CheckpointError`."
+    if len(names) != model.num_classes:
+        raise ValueError(f"{len(names)} class names for a model of {model.num_classes} classes")
+    contents = read_source(source)
+    there, here = our_tensors(contents), plain_tensors(model)
+    differences = settings_changed(told(contents) | read_architecture(there), architecture(model))
+    differences = {key: pair for key, pair in differences.items() if key not in ("num_classes", "num_queries", "dropout")}
+    there = {name: tensor for name, tensor in there.items() if not name.endswith("num_batches_tracked")}
+    whole = [name for name in here if name in there and there[name].shape == here[name].shape]
+    whole = [name for name in whole if name not in CLASS_HEAD]
+    for name in whole:
+        here[name].copy_(there[name])
+    partly = take_queries(here, there) | (take_classes(here, there, contents, names) if keep_classes else {})
+    taken = {*whole, *partly}
+    shapes = [{name: tuple(tensor.shape) for name, tensor in side.items()} for side in (here, there)]
+    fresh, unused = ({name: shape for name, shape in side.items() if name not in taken} for side in shapes)
+    return Report(contents.name, {name: shapes[0][name] for name in whole}, partly, fresh, unused, differences)

@@ -1,0 +1,5 @@
+"""The models of the paper for torch.hub: `torch.hub.load("path/to/detr_nb", "detr_resnet50", source="local")`."""
+from detr_nb.checkpoints import detr_resnet50, detr_resnet50_dc5, detr_resnet101, detr_resnet101_dc5
+
+dependencies = ["torch", "torchvision", "jaxtyping"]
+__all__ = ["detr_resnet50", "detr_resnet50_dc5", "detr_resnet101", "detr_resnet101_dc5"]
