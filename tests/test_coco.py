@@ -22,6 +22,7 @@ from detr_nb.coco import (
     DataError,
     DataWarning,
     PackedBytes,
+    find_split,
     open_coco,
     read_image,
     read_index,
@@ -297,6 +298,113 @@ def test_an_annotation_without_an_outline_is_skipped_when_masks_are_wanted(tmp_p
     load(tmp_path, content)  # and without masks nobody minds
 
 
+@pytest.mark.parametrize("ids", [[0, 1, 2, 3], [0, -2, -1, 7]])
+def test_ids_with_a_zero_are_warned_of_and_shifted_in_the_evaluation_alone(tmp_path, ids):
+    content = good()
+    for number, entry in zip(ids, content["annotations"]):
+        entry["id"] = number
+    content["annotations"][1]["bbox"] = [5, 5, 0, 0]
+    with pytest.warns(DataWarning) as caught:
+        data = open_coco(write(tmp_path, content), "train")
+    messages = [str(warning.message) for warning in caught]
+    assert any("annotation id 0 is used (entry 0" in m and "all 4 annotations" in m for m in messages), messages
+    assert any(f"(annotation ids {ids[1]})" in m for m in messages), messages  # the id that stands in the file
+    api = data.coco_api()
+    assert min(api.anns) >= 1 and len(api.anns) == 3
+    assert sorted(a["bbox"] for a in api.anns.values()) == sorted(
+        entry["bbox"] for entry in content["annotations"] if entry["bbox"][2])
+
+
+def with_heading() -> dict:
+    "The sound content with Roboflow's category 0 before the others."
+    content = good()
+    for entry in content["categories"]:
+        entry["supercategory"] = "animals"
+    content["categories"].insert(0, {"id": 0, "name": "animals", "supercategory": "none"})
+    return content
+
+
+def test_a_category_that_is_only_the_group_of_the_others_is_left_out_with_a_warning(tmp_path):
+    with pytest.warns(DataWarning, match=r"left out category 0 \(animals\).*Classes: 2"):
+        data = open_coco(write(tmp_path, with_heading()), "train")
+    assert data.categories.names == ("cat", "kite") and data.categories.ids == (2, 90)
+
+
+def test_a_group_that_an_annotation_uses_is_a_class(tmp_path):
+    content = with_heading()
+    content["annotations"][0]["category_id"] = 0
+    data = load(tmp_path, content)
+    assert data.categories.ids == (0, 2, 90) and data[1].labels.tolist() == [0]
+
+
+@pytest.mark.parametrize("change", [
+    lambda categories: categories[1].update(supercategory="other"),  # not the group of all
+    lambda categories: categories[0].update(supercategory="animals"),  # a group of itself, as `person` in COCO
+    lambda categories: categories[0].update(name="thing"),
+    lambda categories: [entry.pop("supercategory") for entry in categories],
+])
+def test_an_unused_category_that_is_not_the_group_of_all_others_stays(tmp_path, change):
+    content = with_heading()
+    change(content["categories"])
+    assert len(load(tmp_path, content).categories.ids) == 3
+
+
+def test_a_class_of_the_group_s_own_name_stays(tmp_path):
+    content = with_heading()
+    content["categories"][1]["name"] = "animals"
+    with pytest.warns(DataWarning, match="left out category 0"):
+        assert open_coco(write(tmp_path, content), "train").categories.names == ("cat", "animals")
+
+
+# ---------------------------------------------------------------- where the files are
+
+
+def lay_out(root: Path, *files: str) -> Path:
+    "Empty files, and folders where a name ends with a slash."
+    for name in files:
+        (root / name if name.endswith("/") else (root / name).parent).mkdir(parents=True, exist_ok=True)
+        if not name.endswith("/"):
+            (root / name).touch()
+    return root
+
+
+@pytest.mark.parametrize("split, files, annotations, images", [
+    ("train", ["annotations/instances_train2017.json", "train2017/"], 0, "train2017"),
+    ("val", ["annotations/instances_val2017.json", "val2017/"], 0, "val2017"),
+    ("val", ["annotations/instances_val.json", "val/"], 0, "val"),
+    ("val", ["annotations/instances_valid.json", "train/_annotations.coco.json", "images/valid/"], 0, "images/valid"),
+    ("train", ["annotations/instances_train2014.json", "images/train2014/"], 0, "images/train2014"),
+    ("train", ["train/_annotations.coco.json", "valid/_annotations.coco.json"], 0, "train"),
+    ("val", ["train/_annotations.coco.json", "valid/_annotations.coco.json"], 1, "valid"),
+    ("test", ["train/_annotations.coco.json", "test/_annotations.coco.json"], 1, "test"),
+    ("train", ["annotations/instances_train2017.json", "train/_annotations.coco.json", "train2017/"], 0, "train2017"),
+    ("val", ["annotations/instances_val2017.json", "val/_annotations.coco.json", "val2017/"], 0, "val2017"),
+])  # fmt: skip
+def test_a_layout_is_recognised(tmp_path, split, files, annotations, images):
+    assert find_split(lay_out(tmp_path, *files), split) == (tmp_path / files[annotations], tmp_path / images)
+
+
+@pytest.mark.parametrize("split, files, words", [
+    ("train", [], ["no annotation file", "'train'", "instances_train2017.json", "train/_annotations.coco.json", "none",
+                   "--train_annotations and --train_images"]),
+    ("val", ["train/_annotations.coco.json"], ["no annotation file", "valid/_annotations.coco.json",
+                                               "there: train/_annotations.coco.json", "--val_annotations"]),
+    ("train", ["_annotations.coco.json"], ["no annotation file", "there: _annotations.coco.json"]),
+    ("train", ["annotations/instances_train2014.json", "annotations/instances_train2019.json", "train2014/"],
+     ["several", "instances_train2014.json, annotations/instances_train2019.json", "--train_annotations"]),
+    ("val", ["val/_annotations.coco.json", "valid/_annotations.coco.json"], ["several", "there: val/_annotations"]),
+    ("train", ["annotations/instances_train.json"], ["no folder of images", "instances_train.json", "images/train",
+                                                     "--train_images"]),
+    ("train", ["annotations/instances_trainer.json", "trainer/"], ["no annotation file"]),
+])  # fmt: skip
+def test_a_layout_that_is_unclear_is_refused_with_what_was_looked_for(tmp_path, split, files, words):
+    with pytest.raises(DataError) as caught:
+        find_split(lay_out(tmp_path, *files), split)
+    message = str(caught.value)
+    assert str(tmp_path) in message and "\n" not in message
+    assert all(word in message for word in words), message
+
+
 # ---------------------------------------------------------------- stop: the file as a whole
 
 
@@ -306,7 +414,7 @@ def test_no_such_folder(tmp_path):
 
 
 def test_no_annotation_file_names_those_there(tmp_path):
-    with pytest.raises(DataError, match=r"instances_val2017.json; .*annotations/instances_train2017.json"):
+    with pytest.raises(DataError, match=r"instances_val2017.json.*; there: annotations/instances_train2017.json"):
         open_coco(write(tmp_path, good()), "val")
     with pytest.raises(DataError, match=r"cannot read annotation file .*absent.json"):
         CocoDataset(tmp_path / "train2017", tmp_path / "absent.json")
@@ -364,7 +472,6 @@ BIG = 2**70
     [
         ("annotations", "image_id", 4, ["annotation ids 6", "image_ids 4"]),
         ("annotations", "category_id", 3, ["annotation ids 6", "category_ids 3"]),
-        ("annotations", "id", 0, ["annotation id 0", "entry 2"]),
         ("annotations", "id", 5, ["annotations repeat an id", ": 5."]),
         ("annotations", "id", "6", ["entry 2 of 'annotations'", "'6'"]),
         ("annotations", "id", None, ["entry 2 of 'annotations'", "None"]),
