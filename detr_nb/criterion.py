@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .batching import Targets
 from .boxes import cxcywh_to_xyxy, paired_generalized_iou
-from .detr import Predictions
+from .detr import Predictions, at_least_float32
 from .distributed import reduce_sum, world_size
 from .matcher import Matches, match
 
@@ -27,8 +27,7 @@ def class_losses(
     wanted = torch.full(logits.shape[:3], no_object, device=logits.device)
     wanted[matches.layer, matches.image, matches.query] = targets.labels[matches.target]
     loss = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), reduction="none").view_as(wanted)
-    weight = torch.where(wanted == no_object, eos_coef, 1.0)
-    return (loss * weight).sum((1, 2))
+    return torch.where(wanted == no_object, eos_coef * loss, loss).sum((1, 2))
 
 # %% ../nbs/13_criterion.ipynb #7ff6b584
 def box_losses(
@@ -38,7 +37,7 @@ def box_losses(
 ) -> tuple[Float[Tensor, "L"], Float[Tensor, "L"]]:
     "L1 and generalised-IoU loss summed over matched pairs, per layer (Carion et al. 2020, sec. 3.1 and A.2)."
     predicted = boxes[matches.layer, matches.image, matches.query]
-    wanted = targets.boxes[matches.target]
+    wanted = targets.boxes[matches.target].to(predicted.dtype)
     distance = (predicted - wanted).abs().sum(-1)
     overlap = paired_generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))
     per_pair = torch.stack([distance, 1 - overlap])
@@ -88,11 +87,14 @@ class SetCriterion(nn.Module):
         self.costs = (set_cost_class, set_cost_bbox, set_cost_giou)
         self.weights = {"loss_ce": 1.0, "loss_bbox": bbox_loss_coef, "loss_giou": giou_loss_coef}
 
-    def normalizers(self, counts: Int[Tensor, "B"], num_queries: int) -> Float[Tensor, "2"]:
+    def normalizers(
+        self, counts: Int[Tensor, "B"], num_queries: int, dtype: torch.dtype = torch.float32
+    ) -> Float[Tensor, "2"]:
         "What this process adds to the two divisors: its objects (for boxes) and its class weights (for classes)."
+        counts = counts.to(dtype)
         matched = counts.clamp(max=num_queries).sum()
         unmatched = len(counts) * num_queries - matched
-        return torch.stack([counts.sum().float(), matched + self.eos_coef * unmatched])
+        return torch.stack([counts.sum(), matched + self.eos_coef * unmatched])
 
     def forward(
         self,
@@ -101,9 +103,10 @@ class SetCriterion(nn.Module):
         normalizers: Float[Tensor, "2"] | None = None,  # summed over processes and accumulated batches, per process
     ) -> dict[str, Tensor]:
         "Every loss of every layer, unweighted, and two errors to watch; the last layer's names bear no number."
-        logits, boxes = predictions.logits.float(), predictions.boxes.float()
+        logits, boxes = at_least_float32(predictions.logits), at_least_float32(predictions.boxes)
         if normalizers is None:
-            normalizers = reduce_sum(self.normalizers(targets.counts, logits.shape[2])) / world_size()
+            own = self.normalizers(targets.counts, logits.shape[2], logits.dtype)
+            normalizers = reduce_sum(own) / world_size()
         num_boxes, weight = normalizers[0].clamp(min=1 / world_size()), normalizers[1]
         matches = match(Predictions(logits, boxes), targets, *self.costs)
         distance, overlap = box_losses(boxes, targets, matches)

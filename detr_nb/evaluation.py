@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .batching import Batch, Targets
 from .boxes import cxcywh_to_xyxy
 from .coco import Categories, CocoDataset
-from .detr import Predictions
+from .detr import Predictions, at_least_float32
 from .distributed import gather_objects, get_logger, is_main
 
 # %% ../nbs/14_evaluation.ipynb #02b5d2be
@@ -39,10 +39,10 @@ def postprocess(
     original_sizes: Int[Tensor, "B 2"],  # (height, width) in pixels
 ) -> Detections:
     "Every query's best class that is an object, and its box in pixels (Carion et al. 2020, sec. 4)."
-    scores, labels = logits.float().softmax(-1)[..., :-1].max(-1)
+    scores, labels = at_least_float32(logits).softmax(-1)[..., :-1].max(-1)
     height, width = original_sizes.unbind(-1)
     scale = torch.stack([width, height, width, height], dim=-1)
-    return Detections(scores, labels, cxcywh_to_xyxy(boxes.float()) * scale[:, None])
+    return Detections(scores, labels, cxcywh_to_xyxy(at_least_float32(boxes)) * scale[:, None])
 
 # %% ../nbs/14_evaluation.ipynb #a76a321c
 def load_detections(ground_truth: COCO, table: Float[np.ndarray, "D 7"]) -> COCO:

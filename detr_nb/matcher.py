@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .batching import Targets
 from .boxes import cxcywh_to_xyxy, paired_generalized_iou
-from .detr import Predictions
+from .detr import Predictions, at_least_float32
 
 # %% ../nbs/12_matcher.ipynb #2ca1f08b
 class Matches(NamedTuple):
@@ -43,10 +43,10 @@ def matching_cost(
 ) -> Float[Tensor, "L N Q"]:
     "The cost of letting each query of an image answer for each of its objects (Carion et al. 2020, sec. 3.1)."
     image = image_of_target(targets)
-    probabilities = predictions.logits.float().softmax(-1)
+    probabilities = at_least_float32(predictions.logits).softmax(-1)
     of_class = probabilities[:, image, :, targets.labels].transpose(0, 1)  # (N, L, Q) to (L, N, Q)
-    boxes = predictions.boxes.float()[:, image]  # (L, N, Q, 4)
-    wanted = targets.boxes.float()[:, None]  # (N, 1, 4)
+    boxes = at_least_float32(predictions.boxes)[:, image]  # (L, N, Q, 4)
+    wanted = targets.boxes.to(boxes.dtype)[:, None]  # (N, 1, 4)
     distance = (boxes - wanted).abs().sum(-1)
     overlap = paired_generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted))
     return cost_bbox * distance - cost_class * of_class - cost_giou * overlap
