@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
     "--enc_layers", "1", "--dec_layers", "2", "--hidden_dim", "64", "--dim_feedforward", "128", "--epochs", "1",
     "--dropout", "0", "--num_workers", "0", "--no_group_by_shape", "--log_every", "1", "--report_to", "none",
-    "--device", "cpu", "--mixed_precision", "no", "--pretrain_epochs", "1", "--warmup_steps", "0",
+    "--device", "cpu", "--mixed_precision", "no", "--warmup_steps", "0",
 ]  # fmt: skip
 ALONE = [sys.executable, "-m", "detr_nb.train"]
 TORCHRUN = [
@@ -56,22 +56,34 @@ def shapes(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_process(shapes, tmp_path_factory) -> Path:
-    "The run folder of one process with eight images a step."
-    folder = tmp_path_factory.mktemp("one")
-    launch("--shapes_path", shapes, "--output_dir", folder, "--batch_size", 8, *SMALL)
+    "The run folder of one process with eight images a step, the backbone first."
+    return train_on_eight(shapes, tmp_path_factory.mktemp("one"), "--pretrain_epochs", 1)
+
+
+@pytest.fixture(scope="module")
+def one_process_from_scratch(shapes, tmp_path_factory) -> Path:
+    "The same without the backbone's own training: the first step is DETR's."
+    return train_on_eight(shapes, tmp_path_factory.mktemp("scratch"), "--pretrain_epochs", 0)
+
+
+def train_on_eight(shapes: Path, folder: Path, *arguments: object) -> Path:
+    "Train with eight images a step in one process; returns the run folder."
+    launch("--shapes_path", shapes, "--output_dir", folder, "--batch_size", 8, *SMALL, *arguments)
     return folder
 
 
 @pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
-def test_two_processes_with_half_the_batch_give_the_losses_of_one(launcher, shapes, one_process, tmp_path):
-    result = launch("--shapes_path", shapes, "--output_dir", tmp_path, "--batch_size", 4, *SMALL, launcher=launcher)
+@pytest.mark.parametrize(("pretrain_epochs", "reference"), [(1, "one_process"), (0, "one_process_from_scratch")])
+def test_two_processes_with_half_the_batch_give_the_losses_of_one(
+    launcher, pretrain_epochs, reference, shapes, tmp_path, request
+):
+    arguments = ["--shapes_path", shapes, "--output_dir", tmp_path, "--batch_size", 4, *SMALL]
+    result = launch(*arguments, "--pretrain_epochs", pretrain_epochs, launcher=launcher)
     assert "2 processes" in result.stdout
-    for stage in ("backbone", None):
-        ours, theirs = ([line for line in steps(folder) if line.get("stage") == stage][:10]
-                        for folder in (tmp_path, one_process))
-        assert len(ours) == 10
-        for a, b in zip(ours, theirs, strict=True):
-            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4), f"stage {stage}, step {a['step']}"
+    ours, theirs = steps(tmp_path)[:10], steps(request.getfixturevalue(reference))[:10]
+    assert len(ours) == 10 and [line.get("stage") for line in ours] == [("backbone" if pretrain_epochs else None)] * 10
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4), f"step {a['step']}"
 
 
 def test_a_run_writes_its_folder(one_process):
