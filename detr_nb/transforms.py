@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['Transform', 'flip', 'output_size', 'resize_image', 'resize', 'crop', 'RandomFlip', 'Resize', 'draw_window',
            'RandomCrop', 'Compose', 'Choose', 'scaled_lengths', 'paper_transform', 'Limit', 'RandomZoom',
-           'laptop_transform']
+           'ShuffleColors', 'laptop_transform']
 
 # %% ../nbs/06_transforms.ipynb #7af4ea25
 from collections.abc import Callable, Sequence
@@ -24,15 +24,13 @@ from .coco import Sample
 Transform = Callable[[Sample, np.random.Generator], Sample]
 
 # %% ../nbs/06_transforms.ipynb #28e26802
-def flip(sample: Sample) -> Sample:
-    "Mirror the image left to right; a box's right edge becomes its left edge."
-    width = sample.image.shape[-1]
-    left, top, right, bottom = sample.boxes.unbind(-1)
-    return sample._replace(
-        image=sample.image.flip(-1),
-        boxes=torch.stack([width - right, top, width - left, bottom], -1),
-        masks=None if sample.masks is None else sample.masks.flip(-1),
-    )
+def flip(sample: Sample, vertical: bool = False) -> Sample:
+    "Mirror the image left to right, or top to bottom; a box's right (lower) edge becomes its left (upper) edge."
+    axis, low, high = (-2, 1, 3) if vertical else (-1, 0, 2)
+    boxes = sample.boxes.clone()
+    boxes[:, [low, high]] = sample.image.shape[axis] - sample.boxes[:, [high, low]]
+    masks = None if sample.masks is None else sample.masks.flip(axis)
+    return sample._replace(image=sample.image.flip(axis), boxes=boxes, masks=masks)
 
 # %% ../nbs/06_transforms.ipynb #e9dbafb4
 def output_size(
@@ -107,12 +105,13 @@ def crop(
 # %% ../nbs/06_transforms.ipynb #823c1e94
 @dataclass(frozen=True)
 class RandomFlip:
-    "Mirror the sample with probability `p`."
+    "Mirror the sample left to right, or top to bottom, with probability `p`."
 
     p: float = 0.5
+    vertical: bool = False
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        return flip(sample) if rng.random() < self.p else sample
+        return flip(sample, self.vertical) if rng.random() < self.p else sample
 
 # %% ../nbs/06_transforms.ipynb #6dc2c91a
 @dataclass(frozen=True)
@@ -232,14 +231,22 @@ class RandomZoom:
         return resize(crop(sample, top, left, h, w, self.min_visible), (height, width))
 
 # %% ../nbs/06_transforms.ipynb #146e93e3
+@dataclass(frozen=True)
+class ShuffleColors:
+    "Let red, green and blue change places, each order as likely as the others."
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        return sample._replace(image=sample.image[torch.from_numpy(rng.permutation(3))])
+
+# %% ../nbs/06_transforms.ipynb #9d584004
 def laptop_transform(
-    train: bool,  # flip and zoom at random, or only the size
+    train: bool,  # flip, zoom and recolour at random, or only the size
     short_side: int | Sequence[int] | None = None,  # pixels, drawn from where several; None leaves the image's size
     max_size: int = 160,  # pixels, limit for the long side
     zoom: float = 0.7,  # smallest share of the sides that a zoom keeps, in (0, 1]; 1 for no zoom
     zoom_chance: float = 0.5,  # probability of a zoom
 ) -> Transform:
-    "The paper's recipe cut to small images: flip, half of the time a light zoom, sizes that pad little."
+    "For small images of shapes: flip both ways, half of the time a light zoom, colours exchanged, little padding."
     if short_side is None:
         size = Limit(max_size)
     else:
@@ -248,4 +255,5 @@ def laptop_transform(
     if not train:
         return size
     chance = zoom_chance if zoom < 1 else 0.0
-    return Compose([size, RandomFlip(0.5), Choose(RandomZoom(zoom), Compose([]), chance)])
+    flips = RandomFlip(0.5), RandomFlip(0.5, vertical=True)
+    return Compose([size, *flips, Choose(RandomZoom(zoom), Compose([]), chance), ShuffleColors()])

@@ -58,6 +58,9 @@ def execute(path: Path, flags: tuple[str, ...]) -> None:
         directives = extract_directives(cell, remove=False)
         return bool(skipped & directives.keys()) or directives.get("eval:", [""])[0].lower() == "false"
 
+    for cell in notebook.cells:
+        if not skip(cell):  # execnb leaves the old outputs of a cell that shows nothing now
+            cell.outputs = []
     os.chdir(path.parent)
     try:
         shell.run_all(notebook, exc_stop=True, preproc=skip)
