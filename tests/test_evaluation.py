@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ledger import PYCOCOTOOLS, Ledger
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -108,27 +109,34 @@ def test_an_error_while_scoring_reaches_every_process(by_two: list[dict]) -> Non
 
 
 @pytest.mark.parametrize("count", [0, 1, 40, 350])
-def test_equal_to_pycocotools_fed_with_dictionaries(folder: Path, count: int) -> None:
+def test_equal_to_pycocotools_fed_with_dictionaries(folder: Path, count: int, ledger: Ledger) -> None:
     "350 detections of 3 classes: more than 100 for one class of an image. Crowds and images without objects are there."
     dataset = load(folder)
+    found = [make_detections(dataset, index, count) for index in range(NUM_IMAGES)]
+    ours = run_on(dataset, range(NUM_IMAGES), count)["coco_eval_bbox"]
+    if count:
+        compare_with_pycocotools(ours, found, folder, dataset, ledger)
+    else:  # pycocotools cannot read an empty list
+        assert ours[:3] == [0.0] * 3 and ours[6:9] == [0.0] * 3
+
+
+def compare_with_pycocotools(
+    ours: list[float], found: list[Detections], folder: Path, dataset: CocoDataset, ledger: Ledger
+) -> None:
+    "The 12 numbers of its own summary, from its own reading of a list of dictionaries."
     results = []
-    for index, image_id in enumerate(dataset.image_ids.tolist()):
-        found = make_detections(dataset, index, count)
-        for score, label, box in zip(found.scores[0].tolist(), found.labels[0].tolist(), found.boxes[0].tolist()):
-            x1, y1, x2, y2 = box
+    for image_id, detections in zip(dataset.image_ids.tolist(), found):
+        for score, label, (x1, y1, x2, y2) in zip(*(tensor[0].tolist() for tensor in detections)):
             results.append({"image_id": image_id, "category_id": CATEGORY_IDS[label], "score": score,
                             "bbox": [x1, y1, x2 - x1, y2 - y1]})
-    ours = run_on(dataset, range(NUM_IMAGES), count)["coco_eval_bbox"]
-    if not results:  # pycocotools cannot read an empty list
-        assert ours[:3] == [0.0] * 3 and ours[6:9] == [0.0] * 3
-        return
     with redirect_stdout(io.StringIO()):
         truth = COCO(folder / "annotations.json")
         reference = COCOeval(truth, truth.loadRes(results), "bbox")
         reference.evaluate()
         reference.accumulate()
         reference.summarize()
-    assert ours == reference.stats.tolist()
+    theirs = torch.from_numpy(reference.stats)
+    ledger.compare("COCO metrics", theirs.new_tensor(ours), theirs, PYCOCOTOOLS)
 
 
 def truth_as_detections(dataset: CocoDataset, index: int) -> Detections:
@@ -136,12 +144,14 @@ def truth_as_detections(dataset: CocoDataset, index: int) -> Detections:
     return Detections(torch.ones(1, len(sample.labels)), sample.labels[None], sample.boxes[None])
 
 
-def test_ground_truth_against_itself_is_perfect(folder: Path) -> None:
+def test_ground_truth_against_itself_is_perfect(folder: Path, ledger: Ledger) -> None:
     dataset = load(folder)
     evaluator = CocoEvaluator(dataset)
-    for index in range(NUM_IMAGES):
-        evaluator.update(dataset.image_ids[[index]], truth_as_detections(dataset, index))
+    found = [truth_as_detections(dataset, index) for index in range(NUM_IMAGES)]
+    for index, detections in enumerate(found):
+        evaluator.update(dataset.image_ids[[index]], detections)
     result = evaluator.compute()
+    compare_with_pycocotools(result["coco_eval_bbox"], found, folder, dataset, ledger)
     assert result["coco_eval_bbox"][:3] == pytest.approx([1.0] * 3, abs=1e-12)
     assert list(result["per_class_ap"]) == [f"class {k}" for k in CATEGORY_IDS]
     assert list(result["per_class_ap"].values()) == pytest.approx([1.0] * 3, abs=1e-12)
