@@ -3,13 +3,14 @@
 # %% auto #0
 __all__ = ['logger', 'RELEASED_URL', 'RELEASED', 'HALVES', 'ENCODER', 'DECODER', 'TABLES', 'BLOCK', 'NAMES', 'RESNET', 'TIMM',
            'DEPTHS', 'COCO_NAMES', 'CLASS_HEAD', 'CheckpointError', 'save_checkpoint', 'load_file', 'load_safetensors',
-           'cached', 'fetch', 'Contents', 'read_source', 'beside', 'split_contents', 'rename', 'reversed_table',
-           'modern_name', 'join_projections', 'split_projections', 'layout_of', 'our_name', 'our_tensors',
-           'count_blocks', 'read_backbone', 'read_architecture', 'load_checkpoint', 'complete', 'settings_of_ours',
-           'told', 'load_model', 'load_layout', 'from_released', 'from_transformers', 'architecture', 'check_writable',
-           'plain_tensors', 'to_released', 'released_name', 'to_transformers', 'class_names', 'Preprocessing',
-           'Detector', 'load_detector', 'named_model', 'detr_resnet50', 'detr_resnet50_dc5', 'detr_resnet101',
-           'detr_resnet101_dc5', 'settings_changed', 'Report', 'class_rows', 'take_queries', 'take_classes', 'finetune']
+           'cached', 'fetch', 'load_address', 'Contents', 'read_source', 'beside', 'split_contents', 'rename',
+           'reversed_table', 'modern_name', 'join_projections', 'split_projections', 'layout_of', 'our_name',
+           'our_tensors', 'count_blocks', 'read_backbone', 'read_architecture', 'load_checkpoint', 'complete',
+           'settings_of_ours', 'told', 'load_model', 'load_layout', 'from_released', 'from_transformers',
+           'architecture', 'check_writable', 'plain_tensors', 'to_released', 'released_name', 'to_transformers',
+           'class_names', 'Preprocessing', 'Detector', 'load_detector', 'named_model', 'detr_resnet50',
+           'detr_resnet50_dc5', 'detr_resnet101', 'detr_resnet101_dc5', 'settings_changed', 'Report', 'class_rows',
+           'take_queries', 'take_classes', 'finetune']
 
 # %% ../nbs/17_checkpoints.ipynb #a346202f
 import argparse
@@ -126,6 +127,16 @@ def fetch(url: str) -> Path:
         ) from error
     return file
 
+
+def load_address(url: str) -> Any:
+    "What the file at an address holds; one that cannot be read does not stay in the cache."
+    file = fetch(url)
+    try:
+        return load_file(file)
+    except CheckpointError:
+        file.unlink(missing_ok=True)
+        raise
+
 # %% ../nbs/17_checkpoints.ipynb #06f78a87
 class Contents(NamedTuple):
     "What a checkpoint holds, wherever it came from."
@@ -143,7 +154,9 @@ def read_source(
     source = str(source)
     if source in RELEASED and not Path(source).exists():
         source = RELEASED_URL + RELEASED[source]
-    path = fetch(source) if source.startswith(("http://", "https://")) else Path(source)
+    if source.startswith(("http://", "https://")):
+        return split_contents(load_address(source), source, {})
+    path = Path(source)
     if path.is_dir():  # as `save_pretrained` of transformers writes it
         path = next((path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()), path)
     return split_contents(load_file(path), source, beside(path))
@@ -393,9 +406,11 @@ def load_model(
     "Build the model that a checkpoint describes, fill it, and switch it to evaluation; raises `CheckpointError`."
     tensors = our_tensors(contents)
     known = {key: value for key, value in known.items() if value is not None}
-    model = build_detr(**read_architecture(tensors) | told(contents) | known, pretrained=None)
+    with torch.device("meta"):  # without values: all of them are in the checkpoint
+        model = build_detr(**read_architecture(tensors) | told(contents) | known, pretrained=None)
     try:
-        model.to(torch.promote_types(tensors["class_embed.weight"].dtype, torch.float32)).load_state_dict(tensors)
+        model = model.to(torch.promote_types(tensors["class_embed.weight"].dtype, torch.float32)).to_empty(device="cpu")
+        model.load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(f"{contents.name} does not hold a whole DETR: {error}") from None
     return model.eval()

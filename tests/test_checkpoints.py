@@ -1,0 +1,712 @@
+"""Checkpoints of the released DETR, of transformers and of ours: in and out, bit for bit, and refusals of all else."""
+import argparse
+import functools
+import hashlib
+import http.server
+import pickle
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from detr_nb import checkpoints
+from detr_nb.checkpoints import (
+    COCO_NAMES,
+    RELEASED,
+    CheckpointError,
+    Preprocessing,
+    architecture,
+    detr_resnet50,
+    finetune,
+    from_released,
+    from_transformers,
+    load_checkpoint,
+    load_detector,
+    save_checkpoint,
+    settings_changed,
+    to_released,
+    to_transformers,
+)
+from detr_nb.detr import DETR, build_detr
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# ---- the released layout, written out by its rule and not by our code
+
+
+def with_bias(name: str, *shape: int) -> dict:
+    return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+
+
+def resnet_shapes(blocks: tuple[int, ...], bottleneck: bool) -> dict:
+    def norm(name, width):
+        return {f"{name}.{part}": (width,) for part in ("weight", "bias", "running_mean", "running_var")}
+
+    shapes, inputs = {"conv1.weight": (64, 3, 7, 7), **norm("bn1", 64)}, 64
+    for stage, count in enumerate(blocks):
+        inside = 64 * 2**stage
+        outputs = inside * (4 if bottleneck else 1)
+        for block in range(count):
+            start = f"layer{stage + 1}.{block}"
+            kernels = [(inside, inputs, 1), (inside, inside, 3), (outputs, inside, 1)]
+            for number, (after, before, size) in enumerate(
+                kernels if bottleneck else [(inside, inputs, 3), (inside, inside, 3)], start=1
+            ):
+                shapes[f"{start}.conv{number}.weight"] = (after, before, size, size)
+                shapes |= norm(f"{start}.bn{number}", after)
+            if block == 0 and (stage > 0 or inputs != outputs):
+                shapes[f"{start}.downsample.0.weight"] = (outputs, inputs, 1, 1)
+                shapes |= norm(f"{start}.downsample.1", outputs)
+            inputs = outputs
+    return shapes
+
+
+def detector_shapes(blocks, bottleneck=True, layers=6, width=256, ffn=2048, queries=100, classes=91) -> dict:
+    def attention(name):
+        return {f"{name}.in_proj_weight": (3 * width, width), f"{name}.in_proj_bias": (3 * width,),
+                **with_bias(f"{name}.out_proj", width, width)}
+
+    shapes = {}
+    for half, attentions, norms in (("encoder", ["self_attn"], 2), ("decoder", ["self_attn", "multihead_attn"], 3)):
+        for layer in range(layers):
+            start = f"transformer.{half}.layers.{layer}"
+            for name in attentions:
+                shapes |= attention(f"{start}.{name}")
+            shapes |= with_bias(f"{start}.linear1", ffn, width) | with_bias(f"{start}.linear2", width, ffn)
+            for norm in range(1, norms + 1):
+                shapes |= with_bias(f"{start}.norm{norm}", width)
+    shapes |= with_bias("transformer.decoder.norm", width) | with_bias("class_embed", classes + 1, width)
+    for layer, outputs in enumerate((width, width, 4)):
+        shapes |= with_bias(f"bbox_embed.layers.{layer}", outputs, width)
+    shapes |= {"query_embed.weight": (queries, width)}
+    shapes |= with_bias("input_proj", width, 64 * 8 * (4 if bottleneck else 1), 1, 1)
+    return shapes | {f"backbone.0.body.{name}": shape for name, shape in resnet_shapes(blocks, bottleneck).items()}
+
+
+def mask_head_shapes(width=256, heads=8) -> dict:
+    shapes = with_bias("bbox_attention.q_linear", width, width) | with_bias("bbox_attention.k_linear", width, width)
+    widths = [width + heads, width + heads, width // 2, width // 4, width // 8, width // 16]
+    for layer in range(1, 6):
+        shapes |= with_bias(f"mask_head.lay{layer}", widths[layer], widths[layer - 1], 3, 3)
+        shapes |= with_bias(f"mask_head.gn{layer}", widths[layer])
+    shapes |= with_bias("mask_head.out_lay", 1, widths[5], 3, 3)
+    for adapter, (inputs, outputs) in enumerate(zip((1024, 512, 256), widths[2:5]), start=1):
+        shapes |= with_bias(f"mask_head.adapter{adapter}", outputs, inputs, 1, 1)
+    return shapes
+
+
+def fill(shapes: dict, seed: int = 0) -> dict[str, torch.Tensor]:
+    "Random values; variances and norms' weights positive."
+    generator = torch.Generator().manual_seed(seed)
+    return {name: 0.05 * torch.rand(shape, generator=generator) + ("running_var" in name or "norm" in name)
+            for name, shape in shapes.items()}
+
+
+SLIM = dict(layers=2, width=32, ffn=48, queries=10)
+R18 = dict(blocks=(2, 2, 2, 2), bottleneck=False, **SLIM)
+VARIANTS = {
+    "detr_resnet50": dict(blocks=(3, 4, 6, 3)),  # the one in full size
+    "detr_resnet50_dc5": dict(blocks=(3, 4, 6, 3), **SLIM),
+    "detr_resnet101": dict(blocks=(3, 4, 23, 3), **SLIM),
+    "detr_resnet101_dc5": dict(blocks=(3, 4, 23, 3), **SLIM),
+    "detr_resnet50_panoptic": dict(blocks=(3, 4, 6, 3), classes=250, **SLIM),
+    "detr_resnet50_dc5_panoptic": dict(blocks=(3, 4, 6, 3), classes=250, **SLIM),
+    "detr_resnet101_panoptic": dict(blocks=(3, 4, 23, 3), classes=250, **SLIM),
+}
+
+
+def assert_same(first: dict, second: dict) -> None:
+    "The same names, and under each the same bits."
+    assert first.keys() == second.keys(), set(first) ^ set(second)
+    assert not [name for name in first if not torch.equal(first[name], second[name])]
+
+
+def assert_same_answers(first: DETR, second: DETR, exact: bool = True) -> None:
+    images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+    padding = torch.zeros(2, 64, 96, dtype=torch.bool)
+    padding[1, :, 64:] = True
+    with torch.no_grad():
+        for ours, theirs in zip(first.eval()(images, padding), second.eval()(images, padding)):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0 if exact else 1e-5)
+
+
+def test_the_written_rule_has_the_sizes_of_the_paper():
+    shapes = detector_shapes(**VARIANTS["detr_resnet50"])
+    frozen = ("running_", ".bn", "downsample.1.", "body.conv1.", "body.layer1.")
+    trained = {name: shape for name, shape in shapes.items() if not any(part in name for part in frozen)}
+    assert sum(torch.Size(shape).numel() for shape in trained.values()) == 41_302_368  # as the released log says
+    assert len(shapes) == 458
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_released_checkpoint_comes_back_key_for_key_and_bit_for_bit(name, caplog):
+    state = fill(detector_shapes(**VARIANTS[name]))
+    panoptic = name.endswith("panoptic")
+    given = {f"detr.{key}": value for key, value in state.items()} | fill(mask_head_shapes()) if panoptic else state
+    model = from_released({"model": given}, dilation="dc5" in name)
+    assert_same(to_released(model)["model"], state)
+    trained = [name for name, parameter in model.backbone.body.named_parameters() if parameter.requires_grad]
+    assert trained and all(name.startswith(("layer2", "layer3", "layer4")) for name in trained)  # as in the paper
+    found = architecture(model)
+    assert found["backbone"] == name.split("_")[1] and found["dilation"] == ("dc5" in name)
+    assert model.backbone.stride == (16 if "dc5" in name else 32) and found["nheads"] == 8
+    assert model.num_classes == (250 if panoptic else 91)
+    assert ("mask head" in caplog.text) == panoptic
+    assert not model.training
+
+
+def test_the_names_of_the_released_models_are_those_of_their_files():
+    assert RELEASED.keys() == VARIANTS.keys()
+    for name, file in RELEASED.items():
+        assert ("dc5" in name, "panoptic" in name, "101" in name) == ("dc5" in file, "panoptic" in file, "101" in file)
+
+
+@pytest.mark.parametrize("blocks, bottleneck, expected", [
+    ((2, 2, 2, 2), False, "resnet18"), ((3, 4, 6, 3), False, "resnet34")])
+def test_sizes_and_depth_are_read_off_the_shapes(blocks, bottleneck, expected):
+    shapes = detector_shapes(blocks, bottleneck, layers=3, width=24, ffn=40, queries=7, classes=5)
+    found = architecture(from_released(fill(shapes)))
+    wanted = dict(backbone=expected, enc_layers=3, dec_layers=3, hidden_dim=24, dim_feedforward=40, num_queries=7)
+    assert found.items() >= wanted.items() and found["num_classes"] == 5
+
+
+def test_pre_norm_and_learned_positions_are_read_off_the_names():
+    model = build_detr(3, "resnet18", pretrained=None, hidden_dim=16, nheads=2, enc_layers=1, dec_layers=2,
+                       dim_feedforward=8, num_queries=4, position_embedding="learned", pre_norm=True)
+    released = to_released(model)
+    assert {"backbone.1.row_embed.weight", "transformer.encoder.norm.weight"} <= released["model"].keys()
+    again = from_released(released, nheads=2)
+    assert architecture(again) == architecture(model) | {"dropout": 0.1}
+    assert_same_answers(again, model)
+
+
+def test_dilation_is_told_by_the_name_the_argument_or_the_saved_flags(tmp_path):
+    state = fill(detector_shapes(**R18))
+    plain, dc5 = tmp_path / "detr-r18-00000000.pth", tmp_path / "detr-r18-dc5-00000000.pth"
+    for file in (plain, dc5):
+        torch.save({"model": state}, file)
+    trained = tmp_path / "checkpoint.pth"  # as the released training writes them, with its flags
+    torch.save({"model": state, "args": argparse.Namespace(dilation=True, nheads=4), "epoch": 3}, trained)
+    strides = [from_released(file).backbone.stride for file in (plain, dc5, trained)]
+    assert strides == [32, 16, 16]
+    assert from_released(dc5, dilation=False).backbone.stride == 32
+    assert from_released(trained).transformer.decoder.layers[0].self_attn.heads == 4
+    assert from_released(plain, nheads=2).transformer.decoder.layers[0].self_attn.heads == 2
+
+
+def test_double_precision_stays():
+    state = {name: tensor.double() for name, tensor in fill(detector_shapes(**R18)).items()}
+    model = from_released(state)
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float64}
+    assert_same(to_released(model)["model"], state)
+
+
+def test_the_loaded_model_shares_no_memory_with_the_checkpoint():
+    state = fill(detector_shapes(**R18))
+    model = from_released(state)
+    before = state["query_embed.weight"].clone()
+    torch.nn.init.zeros_(model.query_embed.weight)
+    assert torch.equal(state["query_embed.weight"], before)
+
+
+# ---- transformers
+
+
+@pytest.fixture
+def make_transformers():
+    "A function that makes transformers' model with random weights and statistics."
+    transformers = pytest.importorskip("transformers")
+
+    def make(depths=(2, 2, 2, 2), layer_type="basic", **settings):
+        hidden = [64, 128, 256, 512] if layer_type == "basic" else [256, 512, 1024, 2048]
+        backbone = transformers.ResNetConfig(
+            depths=list(depths), layer_type=layer_type, hidden_sizes=hidden, out_features=["stage4"]
+        )
+        settings = dict(d_model=32, encoder_layers=2, decoder_layers=3, encoder_ffn_dim=48, decoder_ffn_dim=48,
+                        num_queries=9, num_labels=5) | settings
+        torch.manual_seed(0)
+        model = transformers.DetrForObjectDetection(transformers.DetrConfig(
+            use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone, **settings
+        )).eval()
+        state = model.state_dict()
+        for name, tensor in state.items():
+            if "normalization" in name or "norm." in name:
+                tensor.uniform_(0.5, 1.5) if "var" in name or "weight" in name else tensor.normal_(std=0.1)
+            elif name.endswith("bias"):
+                tensor.normal_(std=0.1)
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("settings", [
+    dict(),
+    dict(position_embedding_type="learned"),
+    dict(depths=(3, 4, 6, 3), layer_type="bottleneck"),
+], ids=["resnet18", "learned", "resnet50"])
+def test_a_model_of_transformers_gives_the_same_answers_here_and_comes_back(make_transformers, settings):
+    theirs = make_transformers(**settings)
+    ours = from_transformers(theirs.state_dict())
+    images = torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(2, 96, 128, dtype=torch.long)
+    mask[1, 64:], mask[1, :, 80:] = 0, 0
+    with torch.no_grad():
+        expected, found = theirs(pixel_values=images, pixel_mask=mask), ours(images, mask == 0)
+    assert expected.logits.std() > 0.01 and expected.pred_boxes.std() > 0.01
+    torch.testing.assert_close(found.logits[-1], expected.logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.boxes[-1], expected.pred_boxes, rtol=0, atol=1e-5)
+    back = to_transformers(ours)
+    assert_same(back, theirs.state_dict())
+    assert_same(from_transformers(to_transformers(ours, timm=True)).state_dict(), ours.state_dict())
+    empty = type(theirs)(theirs.config)
+    empty.load_state_dict(back, strict=True)
+
+
+def older_names(state: dict) -> dict:
+    "The names of the published facebook/detr-resnet files, from those of ours with timm's backbone, by hand."
+    renamed = {}
+    for name, tensor in state.items():
+        name = name.replace("model.backbone.model.", "model.backbone.conv_encoder.model.").replace(".mlp.", ".")
+        renamed[name.replace(".o_proj.", ".out_proj.")] = tensor
+    return renamed
+
+
+@pytest.mark.parametrize("timm", [True, False], ids=["timm", "own ResNet"])
+def test_the_names_of_published_files_are_understood(timm):
+    model = from_released(fill(detector_shapes(**R18)))
+    old = older_names(to_transformers(model, timm=timm))
+    known = ["model.decoder.layers.1.encoder_attn.out_proj.weight", "model.encoder.layers.0.fc1.weight",
+             "class_labels_classifier.weight", "model.query_position_embeddings.weight",
+             "model.backbone.conv_encoder.model." + ("layer1.0.bn1" if timm else
+             "encoder.stages.0.layers.0.layer.0.normalization") + ".running_mean"]
+    assert set(known) <= old.keys()
+    assert_same(from_transformers(old).state_dict(), model.state_dict())
+    counted = old | {known[-1].replace("running_mean", "num_batches_tracked"): torch.tensor(3)}
+    assert_same(from_transformers(counted).state_dict(), model.state_dict())
+
+
+def test_the_detector_of_a_segmentation_model_is_found(caplog):
+    model = from_released(fill(detector_shapes(**R18)))
+    state = {f"detr.{name}": tensor for name, tensor in to_transformers(model, timm=True).items()}
+    state["mask_head.lay1.weight"] = torch.zeros(3)
+    assert_same(from_transformers(state).state_dict(), model.state_dict())
+    assert "left out" in caplog.text
+
+
+def test_a_folder_of_transformers_tells_heads_dilation_and_names(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = from_released(fill(detector_shapes(**R18, classes=2)), dilation=True, nheads=4)
+    safetensors.save_file(to_transformers(model, timm=True), tmp_path / "model.safetensors")
+    labels = '{"0": "cell", "1": "platelet"}'
+    (tmp_path / "config.json").write_text(f'{{"dilation": true, "encoder_attention_heads": 4, "id2label": {labels}}}')
+    for source in (tmp_path, tmp_path / "model.safetensors"):
+        detector = load_detector(source)
+        assert detector.names == ("cell", "platelet") and detector.category_ids == (0, 1)
+        assert architecture(detector.model) == architecture(model)
+        assert_same_answers(detector.model, model)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="config.json is not JSON"):
+        load_detector(tmp_path)
+
+
+@pytest.mark.parametrize("settings, reason", [
+    (dict(backbone="small"), "small"), (dict(backbone="resnet18", norm="group"), "group"),
+    (dict(backbone="resnet18", temperature=20), "temperature=20"),
+    (dict(backbone="resnet18", pre_norm=True), "pre_norm")])
+def test_a_model_that_the_others_cannot_have_is_not_written(settings, reason):
+    model = build_detr(3, hidden_dim=16, nheads=2, enc_layers=1, dec_layers=1, dim_feedforward=8, pretrained=None,
+                       **settings)
+    with pytest.raises(CheckpointError, match=reason):
+        to_transformers(model)
+    if reason != "pre_norm":  # the released code has it
+        with pytest.raises(CheckpointError, match=reason):
+            to_released(model)
+
+
+# ---- ours
+
+
+def make_state(model: DETR, names=("disc", "star", "bar"), **changes) -> dict:
+    "A checkpoint of ours, as a run writes it, for this model."
+    return {
+        "format": "detr_nb", "version": 1, "epoch": 3, "step": 40, "model": model.state_dict(),
+        "config": {"lr": 1e-4, "coco_path": "", "image_size": 0},
+        "classes": {"ids": [3, 7, 9][: len(names)], "names": list(names)},
+        "architecture": architecture(model), "preprocessing": {"short_side": None, "max_size": 160},
+    } | changes
+
+
+TINY = dict(hidden_dim=16, nheads=2, enc_layers=1, dec_layers=2, dim_feedforward=8, num_queries=5)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(backbone="small", temperature=20, pre_norm=True), dict(backbone="small", position_embedding="learned"),
+    dict(backbone="resnet18", norm="group"), dict(backbone="resnet18", norm="batch", dilation=True, dropout=0.0),
+    dict(backbone="resnet18", norm="frozen", nheads=4)], ids=lambda settings: "-".join(map(str, settings.values())))
+def test_a_checkpoint_of_ours_gives_back_the_same_model(tmp_path, settings):
+    model = build_detr(3, pretrained=None, **TINY | settings)
+    save_checkpoint(tmp_path / "checkpoint.pth", make_state(model))
+    for source in (tmp_path / "checkpoint.pth", str(tmp_path / "checkpoint.pth"), make_state(model)):
+        detector = load_detector(source)
+        assert architecture(detector.model) == architecture(model)
+        assert architecture(model).items() >= settings.items()
+        assert_same(detector.model.state_dict(), model.state_dict())
+        assert (detector.names, detector.category_ids) == (("disc", "star", "bar"), (3, 7, 9))
+        assert detector.preprocessing == Preprocessing(None, 160)
+        assert_same_answers(detector.model, model)
+
+
+def test_a_checkpoint_from_before_the_architecture_was_kept_is_completed(tmp_path):
+    settings = dict(backbone="small", dilation=False, position_embedding="sine", temperature=20.0, dropout=0.0,
+                    pre_norm=True, **TINY)
+    state = make_state(build_detr(3, pretrained=None, **settings))
+    del state["architecture"], state["preprocessing"]
+    state["config"] |= settings | {"backbone_norm": "group", "pretrained": False}
+    save_checkpoint(tmp_path / "old.pth", state)
+    assert load_checkpoint(tmp_path / "old.pth")["architecture"] == settings | {"norm": "group", "num_classes": 3}
+    detector = load_detector(tmp_path / "old.pth")
+    assert detector.model.position_encoding.temperature == 20 and detector.preprocessing == Preprocessing(None, 160)
+    state["config"] |= {"coco_path": "data/coco", "image_size": 400}
+    assert load_detector(state).preprocessing == Preprocessing(400, 666)
+
+
+def test_a_killed_or_a_refused_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pth"
+    save_checkpoint(path, {"format": "detr_nb", "version": 1, "epoch": 1, "architecture": {}, "preprocessing": {},
+                           "config": {}})
+    before = path.read_bytes()
+    with pytest.raises(TypeError, match="Path"):
+        save_checkpoint(path, {"format": "detr_nb", "where": tmp_path})
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+    def killed(state, file):
+        file.write(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(path, {"epoch": 2})
+    assert load_checkpoint(path)["epoch"] == 1
+
+
+def test_settings_that_differ_are_found():
+    saved, now = {"lr": 1e-4, "epochs": 3, "gone": 1}, {"lr": 1e-3, "epochs": 3, "new": 2}
+    assert settings_changed(saved, now) == {"lr": (1e-4, 1e-3)}
+
+
+# ---- refusals
+
+
+class Trace:
+    "Unpickled by pickle's own rules, this writes a file."
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.write_text, (self.path, "code of the file ran")
+
+
+def everything_that_opens(path):
+    return [function for function in (load_detector, load_checkpoint, from_released, from_transformers)
+            if pytest.raises(CheckpointError, function, path)]
+
+
+@pytest.mark.parametrize("write", [
+    lambda path, trace: torch.save({"model": {"a": torch.zeros(2)}, "extra": trace}, path),
+    lambda path, trace: path.write_bytes(pickle.dumps({"format": "detr_nb", "model": trace})),
+], ids=["torch's zip", "a bare pickle"])
+def test_a_file_with_code_in_it_is_refused_and_its_code_not_run(tmp_path, write):
+    path, mark = tmp_path / "evil.pth", tmp_path / "mark"
+    write(path, Trace(mark))
+    everything_that_opens(path)
+    with pytest.raises(CheckpointError, match="evil.pth is not a checkpoint that can be read"):
+        load_detector(path)
+    assert not mark.exists()
+    torch.load(path, weights_only=False) if path.read_bytes()[:2] == b"PK" else pickle.loads(path.read_bytes())
+    assert mark.exists(), "the file of this test does nothing when it is run: the test shows nothing"
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"<!DOCTYPE html><html><body>404</body></html>", "web page"),
+    (b"", "not a checkpoint that can be read"),
+    (b"PK\x03\x04 and no more", "not a checkpoint that can be read"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "not a checkpoint that can be read"),
+])
+def test_a_file_that_is_something_else_is_refused(tmp_path, content, message):
+    path = tmp_path / "detr-r50-e632da11.pth"
+    path.write_bytes(content)
+    everything_that_opens(path)
+    with pytest.raises(CheckpointError, match=message):
+        load_detector(path)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
+def test_a_truncated_file_is_refused(tmp_path, share):
+    path = tmp_path / "checkpoint.pth"
+    save_checkpoint(path, make_state(build_detr(3, "small", pretrained=None, **TINY)))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    everything_that_opens(path)
+
+
+def test_a_truncated_safetensors_file_is_refused(tmp_path):
+    safetensors, path = pytest.importorskip("safetensors.torch"), tmp_path / "model.safetensors"
+    safetensors.save_file({"a": torch.zeros(100)}, path)
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(CheckpointError, match="model.safetensors is not a checkpoint"):
+        load_detector(path)
+
+
+def without(part: str, state: dict) -> dict:
+    return {name: tensor for name, tensor in state.items() if part not in name}
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda state: {"layers.0.weight": torch.zeros(2)}, "no layout known here.*layers.0.weight"),
+    (lambda state: {"epoch": 3}, "no state dict"),
+    (lambda state: {}, "no state dict"),
+    (lambda state: [1, 2], "no state dict"),
+    (lambda state: without("layer3.1", state), "no ResNet known here"),
+    (lambda state: without("class_embed", state), "class_embed.weight"),
+    (lambda state: without("bbox_embed.layers.1.bias", state), "bbox_embed.layers.1.bias"),
+    (lambda state: state | {"input_proj.weight": torch.zeros(32, 7, 1, 1)}, "input_proj.weight"),
+    (lambda state: state | {"surprise.weight": torch.zeros(1)}, "surprise.weight"),
+])
+def test_a_state_dict_that_is_not_a_whole_detr_is_refused_by_what_is_wrong(tmp_path, change, message):
+    path = tmp_path / "weights.pth"
+    torch.save(change(fill(detector_shapes(**R18))), path)
+    with pytest.raises(CheckpointError, match=message):
+        load_detector(path)
+
+
+def test_a_missing_projection_is_named():
+    state = to_transformers(from_released(fill(detector_shapes(**R18))))
+    with pytest.raises(CheckpointError, match="k_proj"):
+        from_transformers(without("encoder.layers.1.self_attn.k_proj.weight", state))
+
+
+def test_each_loader_names_the_layout_it_was_given():
+    model = from_released(fill(detector_shapes(**R18)))
+    with pytest.raises(CheckpointError, match="names of transformers"):
+        from_released(to_transformers(model))
+    with pytest.raises(CheckpointError, match="names of released"):
+        from_transformers(to_released(model))
+    with pytest.raises(CheckpointError, match="without their settings"):
+        load_detector(model.state_dict())
+
+
+def test_only_checkpoints_of_ours_of_this_version_are_resumed(tmp_path):
+    of_later, not_ours = {"format": "detr_nb", "version": 2}, {"model": {}}
+    for content, message in [(not_ours, "not a checkpoint of detr_nb"), (of_later, "version 2")]:
+        torch.save(content, tmp_path / "x.pth")
+        with pytest.raises(CheckpointError, match=message):
+            load_checkpoint(tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_checkpoint(tmp_path / "nowhere.pth")
+    assert issubclass(CheckpointError, ValueError)
+
+
+# ---- addresses
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    "A folder served on this machine, the list of paths asked for, and torch's cache in a folder of its own."
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "*")
+    folder, asked = tmp_path / "served", []
+    folder.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            super().do_GET()
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder)) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield folder, asked, f"http://127.0.0.1:{running.server_port}/"
+        running.shutdown()
+        thread.join()
+
+
+def serve(folder: Path, content: dict, start: str = "detr-r18-") -> str:
+    "Save a checkpoint under a name with the digits of its SHA-256; returns the name."
+    torch.save(content, folder / "new.pth")
+    name = start + hashlib.sha256((folder / "new.pth").read_bytes()).hexdigest()[:8] + ".pth"
+    (folder / "new.pth").rename(folder / name)
+    return name
+
+
+def test_an_address_is_fetched_once(server):
+    folder, asked, address = server
+    state = fill(detector_shapes(**R18))
+    name = serve(folder, {"model": state})
+    for _ in range(2):
+        assert_same(to_released(from_released(address + name))["model"], state)
+    assert asked == [f"/{name}"]
+
+
+def test_a_name_stands_for_the_file_of_the_released_model(server, monkeypatch):
+    folder, asked, address = server
+    state = fill(detector_shapes(**R18))
+    monkeypatch.setattr(checkpoints, "RELEASED_URL", address)
+    monkeypatch.setitem(RELEASED, "detr_resnet50", serve(folder, {"model": state}))
+    monkeypatch.setitem(RELEASED, "detr_resnet50_dc5", serve(folder, {"model": state}, "detr-r18-dc5-"))
+    detector = load_detector("detr_resnet50")
+    assert detector.names == COCO_NAMES and detector.category_ids == tuple(range(91))
+    assert detector.preprocessing == Preprocessing(800, 1333) and detector.model.backbone.stride == 32
+    assert load_detector("detr_resnet50_dc5").model.backbone.stride == 16
+    assert_same(to_released(detr_resnet50(pretrained=True))["model"], state)
+    report = finetune(from_released(fill(detector_shapes(**R18), seed=1)), "detr_resnet50", COCO_NAMES)
+    assert "detr-r18" in report.source and not report.unused.keys() - {"class_embed.weight", "class_embed.bias"}
+
+
+def test_digits_that_do_not_fit_are_refused_and_nothing_is_kept(server, tmp_path):
+    folder, _, address = server
+    name = serve(folder, {"model": fill(detector_shapes(**R18))})
+    (folder / name).rename(folder / "detr-r18-0123abcd.pth")
+    with pytest.raises(CheckpointError, match="hash"):
+        load_detector(address + "detr-r18-0123abcd.pth")
+    assert not list((tmp_path / "cache").rglob("*.pth"))
+
+
+def test_what_cannot_be_fetched_is_named_with_its_place(server):
+    _, asked, address = server
+    with pytest.raises(CheckpointError, match=r"nothing-01234567.pth could not be downloaded \(HTTPError.*404.*put"):
+        load_detector(address + "nothing-01234567.pth")
+    with pytest.raises(CheckpointError, match="could not be downloaded"):
+        load_detector("http://127.0.0.1:9/unreachable.pth")
+
+
+def test_a_web_page_in_place_of_a_checkpoint_does_not_stay_in_the_cache(server):
+    folder, asked, address = server
+    (folder / "checkpoint.pth").write_text("<html>please log in</html>")
+    with pytest.raises(CheckpointError, match="web page"):
+        load_detector(address + "checkpoint.pth")
+    torch.save({"model": fill(detector_shapes(**R18))}, folder / "checkpoint.pth")
+    load_detector(address + "checkpoint.pth")
+    assert len(asked) == 2
+
+
+def test_two_addresses_that_end_alike_are_two_files(server):
+    folder, _, address = server
+    for place, queries in (("one", 4), ("two", 6)):
+        (folder / place).mkdir()
+        torch.save({"model": fill(detector_shapes(**R18 | {"queries": queries}))}, folder / place / "checkpoint.pth")
+    found = [load_detector(f"{address}{place}/checkpoint.pth").model.num_queries for place in ("one", "two", "one")]
+    assert found == [4, 6, 4]
+
+
+# ---- fine-tuning
+
+
+def fresh_model(num_classes: int, seed: int = 5, **changes) -> DETR:
+    "A model of the shapes of R18 with random weights."
+    torch.manual_seed(seed)
+    sizes = dict(hidden_dim=32, enc_layers=2, dec_layers=2, dim_feedforward=48, num_queries=10)
+    return build_detr(num_classes, "resnet18", pretrained=None, **sizes | changes)
+
+
+def test_all_that_fits_is_taken_and_the_class_head_is_made_anew():
+    source = from_released(fill(detector_shapes(**R18)))
+    model, untouched = fresh_model(2), fresh_model(2).state_dict()
+    report = finetune(model, to_released(source), ["cell", "platelet"])
+    head = {"class_embed.weight": (3, 32), "class_embed.bias": (3,)}
+    assert report.fresh == head and not report.partly and not report.settings
+    assert report.unused == {"class_embed.weight": (92, 32), "class_embed.bias": (92,)}
+    assert report.loaded.keys() == source.state_dict().keys() - head.keys()
+    expected = source.state_dict() | {name: untouched[name] for name in head}
+    assert_same(model.state_dict(), expected)
+    for line in ("anew class_embed.weight (3, 32)", "not used class_embed.bias (92,)"):
+        assert line in str(report)
+
+
+def test_an_equal_number_of_other_classes_does_not_inherit_the_head():
+    source, model = from_released(fill(detector_shapes(**R18, classes=2))), fresh_model(2)
+    before = model.class_embed.weight.clone()
+    assert "class_embed.weight" in finetune(model, to_released(source), ["cell", "platelet"]).fresh
+    assert torch.equal(model.class_embed.weight, before)
+
+
+def test_rows_of_shared_names_and_of_no_object_are_kept_on_request():
+    source, model = from_released(fill(detector_shapes(**R18))), fresh_model(3)
+    before = model.class_embed.weight.clone()
+    report = finetune(model, to_released(source), ["Dog", "platelet", "person"], keep_classes=True)
+    dog, person, no_object = COCO_NAMES.index("dog"), COCO_NAMES.index("person"), 91
+    assert (dog, person) == (18, 1)
+    for part in ("weight", "bias"):
+        ours, theirs = (getattr(side.class_embed, part) for side in (model, source))
+        assert torch.equal(ours[[0, 2, 3]], theirs[[dog, person, no_object]])
+    assert torch.equal(model.class_embed.weight[1], before[1])
+    assert report.partly["class_embed.weight"] == "(4, 32): the rows of Dog, person, no-object, the others anew"
+    assert not report.fresh
+
+
+def test_classes_of_a_checkpoint_of_ours_are_matched_by_its_names():
+    source, model = build_detr(3, "small", pretrained=None, **TINY), build_detr(2, "small", pretrained=None, **TINY)
+    finetune(model, make_state(source), ["bar", "disc"], keep_classes=True)
+    assert torch.equal(model.class_embed.weight, source.class_embed.weight[[2, 0, 3]])
+
+
+def test_unnamed_classes_cannot_be_kept_and_unused_ids_are_no_class():
+    source = to_released(from_released(fill(detector_shapes(**R18, classes=7))))
+    with pytest.raises(CheckpointError, match="does not name its classes"):
+        finetune(fresh_model(1), source, ["person"], keep_classes=True)
+    report = finetune(fresh_model(1), fill(detector_shapes(**R18)), ["N/A"], keep_classes=True)
+    assert report.partly["class_embed.bias"] == "(2,): the rows of no-object, the others anew"
+
+
+@pytest.mark.parametrize("queries", [4, 10, 25])
+def test_fewer_or_more_queries_take_the_first_ones(queries):
+    state, model = fill(detector_shapes(**R18)), fresh_model(2, num_queries=queries)
+    before, common = model.query_embed.weight.clone(), min(queries, 10)
+    report = finetune(model, state, ["a", "b"])
+    assert torch.equal(model.query_embed.weight[:common], state["query_embed.weight"][:common])
+    assert torch.equal(model.query_embed.weight[common:], before[common:])
+    assert ("query_embed.weight" in report.partly) == (queries != 10)
+    assert ("rows 10 to 24 anew" in str(report)) == (queries == 25)
+
+
+def test_what_no_shape_shows_is_reported():
+    state = fill(detector_shapes(**R18))
+    report = finetune(fresh_model(2, nheads=4, dilation=True, norm="batch", temperature=20.0), state, ["a", "b"])
+    assert report.settings == {"nheads": (8, 4), "dilation": (False, True), "norm": ("frozen", "batch"),
+                               "temperature": (10000.0, 20.0)}
+    assert "differs nheads: 8 there, 4 here" in str(report) and not report.fresh.keys() - {*checkpoints.CLASS_HEAD}
+
+
+def test_another_width_or_depth_takes_what_still_fits():
+    report = finetune(fresh_model(2, hidden_dim=16, dec_layers=1), fill(detector_shapes(**R18)), ["a", "b"])
+    assert all(name.startswith(("backbone.", "transformer", "bbox_embed")) for name in report.loaded)
+    assert report.fresh["query_embed.weight"] == (10, 16) and report.unused["query_embed.weight"] == (10, 32)
+    assert report.settings["hidden_dim"] == (32, 16)
+
+
+def test_the_number_of_names_must_be_the_number_of_classes():
+    with pytest.raises(ValueError, match="3 class names for a model of 2 classes"):
+        finetune(fresh_model(2), fill(detector_shapes(**R18)), ["a", "b", "c"])
+
+
+# ---- torch.hub
+
+
+@pytest.mark.parametrize("name, millions, stride", [
+    ("detr_resnet50", 41.5, 32), ("detr_resnet50_dc5", 41.5, 16), ("detr_resnet101", 60.4, 32),
+    ("detr_resnet101_dc5", 60.4, 16)])
+def test_torch_hub_finds_the_models(name, millions, stride):
+    with torch.device("meta"):
+        model = torch.hub.load(str(ROOT), name, source="local", num_classes=4)
+    assert (model.backbone.stride, model.num_classes, model.num_queries) == (stride, 4, 100)
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 1) == millions
+
+
+def test_released_weights_for_other_classes_say_what_to_do():
+    with pytest.raises(ValueError, match=r"finetune\(model, 'detr_resnet50', names\)"):
+        detr_resnet50(pretrained=True, num_classes=4)
