@@ -1,0 +1,473 @@
+"Prediction on real files: what cameras, scanners and the web bring, and the command from the outside."
+
+import functools
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+
+from detr_nb.backbone import FrozenBatchNorm2d
+from detr_nb.checkpoints import Detector, Preprocessing, save_checkpoint
+from detr_nb.coco import read_image
+from detr_nb.detr import build_detr
+from detr_nb.predict import PictureError, draw_result, find_pictures, map_ahead, pick_device, predict, read_picture
+from detr_nb.shapes import RUNNING_INDEX, draw_scene
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES, IDS = ("disc", "rectangle", "triangle", "star", "ring", "cross"), (1, 2, 4, 7, 8, 11)
+SMALL = dict(num_classes=6, backbone="small", norm="group", temperature=20, hidden_dim=32, nheads=4, enc_layers=1,
+             dec_layers=1, dim_feedforward=64, dropout=0.0, num_queries=8, pre_norm=True)  # fmt: skip
+EXIF_ORIENTATION = 0x0112
+
+
+def make_detector(short_side: int | None = None, max_size: int | None = 160, **changes) -> Detector:
+    "A model with random weights: its answers depend on every pixel, which is all that these tests need."
+    torch.manual_seed(0)
+    model = build_detr(**SMALL | changes)
+    model.bbox_embed.layers[-1].weight.data.mul_(4)  # boxes that differ from query to query
+    for part in model.modules():
+        if isinstance(part, FrozenBatchNorm2d):
+            part.bias.normal_(std=0.1)
+    return Detector(model, NAMES, IDS, Preprocessing(short_side, max_size))
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    return make_detector()
+
+
+@pytest.fixture(scope="module")
+def weights(detector, tmp_path_factory) -> Path:
+    "The detector as a checkpoint of ours."
+    path = tmp_path_factory.mktemp("weights") / "best.pth"
+    save_checkpoint(path, {
+        "format": "detr_nb", "version": 1, "epoch": 0, "step": 0, "config": {}, "model": detector.model.state_dict(),
+        "architecture": SMALL, "preprocessing": {"short_side": None, "max_size": 160},
+        "classes": {"ids": list(IDS), "names": list(NAMES)},
+    })  # fmt: skip
+    return path
+
+
+@pytest.fixture(scope="module")
+def scene() -> Image.Image:
+    "The running scene, 160 x 96."
+    return Image.fromarray(draw_scene(0, RUNNING_INDEX).image.permute(1, 2, 0).numpy())
+
+
+def answer(source, detector, **settings):
+    "The only result for one source."
+    (result,) = predict(source, detector, **{"threshold": 0.0, "device": "cpu"} | settings)
+    return result
+
+
+def assert_alike(a, b, tolerance: float = 1e-4) -> None:
+    "The same detections: scores and boxes, as shares of the picture, to a tolerance; the same names."
+    scale = torch.tensor([a.size[1], a.size[0]] * 2)
+    assert a.size == b.size and a.names == b.names
+    torch.testing.assert_close(a.scores, b.scores, atol=tolerance, rtol=0)
+    torch.testing.assert_close(a.boxes / scale, b.boxes / scale, atol=tolerance, rtol=0)
+
+
+# Colours
+
+
+def veiled(scene: Image.Image) -> tuple[Image.Image, Image.Image]:
+    "The scene with a transparent left half under which red is hidden; and how it looks on white."
+    pixels, seen = np.array(scene), np.array(scene)
+    pixels[:, :80], seen[:, :80] = (255, 0, 0), 255
+    alpha = np.full(pixels.shape[:2], 255, np.uint8)
+    alpha[:, :80] = 0
+    return Image.fromarray(np.dstack([pixels, alpha])), Image.fromarray(seen)
+
+
+def flat_grey(scene: Image.Image) -> np.ndarray:
+    "The grey levels with black and white among them, so that stretching them changes nothing."
+    levels = np.array(scene.convert("L"))
+    levels[0, :2] = 0, 255
+    return levels
+
+
+def save_mode(mode: str, scene: Image.Image, folder: Path) -> tuple[Path, Image.Image]:
+    "A file of that mode, and the RGB picture that people see in it."
+    grey = flat_grey(scene)
+    as_rgb = Image.fromarray(grey).convert("RGB")
+    few = scene.convert("P", palette=Image.Palette.ADAPTIVE, colors=16)
+    bits = scene.convert("1")
+    see_through, on_white = veiled(scene)
+    red = np.array(few.getpalette()[:3], np.uint8)  # the first colour of the palette will be transparent
+    holes = np.array(few.convert("RGB"))
+    holes[np.array(few) == 0] = 255
+    assert (np.array(few) == 0).any() and (red != 255).any()
+    files = {
+        "L": (Image.fromarray(grey), "l.png", as_rgb, {}),
+        "L-jpeg": (Image.new("L", (160, 96), 100), "l.jpg", Image.new("RGB", (160, 96), (100,) * 3), {}),
+        "1": (bits, "1.png", bits.convert("RGB"), {}),
+        "RGBA": (see_through, "rgba.png", on_white, {}),
+        "LA": (see_through.convert("LA"), "la.png", on_white.convert("L").convert("RGB"), {}),
+        "RGBA-webp": (see_through, "rgba.webp", on_white, {"lossless": True, "exact": True}),
+        "P": (few, "p.png", few.convert("RGB"), {}),
+        "P-transparent": (few, "t.png", Image.fromarray(holes), {"transparency": 0}),
+        "P-gif": (few, "p.gif", few.convert("RGB"), {}),
+        "CMYK": (scene.convert("CMYK"), "c.tiff", scene, {}),
+        "I;16": (Image.fromarray(grey.astype(np.uint16) * 257), "i.png", as_rgb, {}),
+        "I;16-shifted": (Image.fromarray(grey.astype(np.uint16) << 8), "s.tiff", as_rgb, {}),
+        "I": (Image.fromarray(grey.astype(np.int32) * 1_000_000), "i.tiff", as_rgb, {}),
+        "F": (Image.fromarray(grey.astype(np.float32) / 255 - 7), "f.tiff", as_rgb, {}),
+    }
+    picture, name, seen, options = files[mode]
+    picture.save(folder / name, **options)
+    return folder / name, seen
+
+
+MODES = ["L", "L-jpeg", "1", "RGBA", "LA", "RGBA-webp", "P", "P-transparent", "P-gif", "CMYK", "I;16", "I;16-shifted",
+         "I", "F"]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_file_of_any_mode_is_read_as_people_see_it(mode, scene, detector, tmp_path):
+    path, seen = save_mode(mode, scene, tmp_path)
+    read = np.array(read_picture(path)).astype(int)
+    assert np.abs(read - np.array(seen)).max() <= (1 if mode == "L-jpeg" else 0)
+    if mode != "L-jpeg":
+        assert_alike(answer(path, detector), answer(seen, detector))
+
+
+def test_an_animation_gives_its_first_frame(scene, tmp_path):
+    first = scene.convert("P", palette=Image.Palette.ADAPTIVE)
+    later = [Image.new("RGB", scene.size, color) for color in ("red", "green", "blue")]
+    first.save(tmp_path / "film.gif", save_all=True, append_images=later)
+    with Image.open(tmp_path / "film.gif") as film:
+        assert film.n_frames == 4
+    assert np.array_equal(read_picture(tmp_path / "film.gif"), first.convert("RGB"))
+
+
+def test_16_bits_are_read_as_in_training(scene, tmp_path):
+    levels = np.random.default_rng(0).integers(0, 2**16, (20, 30)).astype(np.uint16)
+    Image.fromarray(levels).save(tmp_path / "deep.png")
+    ours = np.array(read_picture(tmp_path / "deep.png"))
+    assert np.array_equal(ours, read_image(tmp_path / "deep.png").permute(1, 2, 0).numpy())
+
+
+# Orientation
+
+TURNS = {1: None, 2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90",
+         7: "TRANSVERSE", 8: "ROTATE_270"}  # what must be stored, for a viewer to show the picture upright  # fmt: skip
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "tiff", "webp"])
+@pytest.mark.parametrize("orientation", TURNS)
+def test_every_orientation_gives_the_boxes_of_the_upright_picture(orientation, ending, scene, detector, tmp_path):
+    exif, path = Image.Exif(), tmp_path / f"picture.{ending}"
+    exif[EXIF_ORIENTATION] = orientation
+    turn = TURNS[orientation]
+    stored = scene.transpose(Image.Transpose[turn]) if turn else scene
+    stored.save(path, exif=exif, **{"quality": 100, "lossless": True} if ending == "webp" else {"quality": 100})
+    with Image.open(path) as file:
+        assert file.getexif()[EXIF_ORIENTATION] == orientation
+    result, upright = answer(path, detector), answer(scene, detector)
+    assert result.size == (96, 160)
+    if ending == "jpg":  # loses a little, and a turned picture loses something else
+        assert np.abs(np.array(read_picture(path)).astype(int) - np.array(scene)).mean() < 4
+    else:
+        assert_alike(result, upright)
+
+
+def test_a_picture_in_memory_keeps_its_own_pixels(scene):
+    mine = scene.transpose(Image.Transpose.ROTATE_90)
+    mine.getexif()[EXIF_ORIENTATION] = 6
+    before = np.array(mine)
+    assert read_picture(mine).size == (160, 96)
+    assert np.array_equal(mine, before)  # ours was turned, not theirs
+
+
+# Many pictures
+
+
+def write_nine(scene: Image.Image, folder: Path) -> list[Path]:
+    "Nine pictures of nine shapes."
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = [(width, height) for width in (160, 150, 90) for height in (96, 131, 70)]
+    for number, size in enumerate(sizes):
+        scene.resize(size).save(folder / f"{number}.png")
+    return sorted(folder.iterdir())
+
+
+@pytest.mark.parametrize("backbone", ["small", "resnet18"])
+@pytest.mark.parametrize("preprocessing", [(None, 160), (96, 160), (None, None)])
+def test_batches_give_what_each_picture_gives_alone(backbone, preprocessing, scene, tmp_path):
+    detector = make_detector(*preprocessing, backbone=backbone, norm="frozen", pretrained=None)
+    paths = write_nine(scene, tmp_path) * 3  # three of each shape
+    together = list(predict(paths, detector, threshold=0.0, batch_size=4, device="cpu"))
+    assert [result.source for result in together] == paths  # in the order that was asked for
+    for path, result in zip(paths, together):
+        assert_alike(result, answer(path, detector))
+
+
+def test_a_folder_of_nine_shapes_in_batches(scene, detector, tmp_path):
+    paths = write_nine(scene, tmp_path)
+    for batch_size in (1, 2, 9):
+        results = list(predict(tmp_path, detector, threshold=0.0, batch_size=batch_size, device="cpu"))
+        assert [result.name for result in results] == [path.name for path in paths]
+        for path, result in zip(paths, results):
+            assert_alike(result, answer(path, detector))
+
+
+def test_a_batch_holds_one_shape_and_is_not_padded(scene, detector, monkeypatch):
+    shapes = []
+    forward = detector.model.forward
+
+    def noted(images, padding):
+        shapes.append((tuple(images.shape), padding))
+        return forward(images, padding)
+
+    monkeypatch.setattr(detector.model, "forward", noted)
+    wide, high = scene, scene.transpose(Image.Transpose.ROTATE_90)
+    list(predict([wide, high] * 4, detector, batch_size=4, device="cpu"))
+    assert shapes == [((4, 3, 96, 160), None), ((4, 3, 160, 96), None)]
+
+
+def test_few_pictures_are_in_memory_at_a_time(scene, detector, monkeypatch):
+    import detr_nb.predict as module
+
+    begun, done = [], 0
+    prepare = module.prepare_picture
+    monkeypatch.setattr(module, "prepare_picture", lambda item, resize: begun.append(1) or prepare(item, resize))
+    for _ in predict([scene.resize((160 - n % 40, 96)) for n in range(200)], detector, batch_size=2, device="cpu"):
+        done += 1
+        assert len(begun) <= done + 2 * 2 + 8 * 2 + 1  # read ahead, and waiting for company
+    assert done == 200
+
+
+def test_what_is_read_ahead_has_a_limit():
+    from concurrent.futures import ThreadPoolExecutor
+
+    begun = []
+    with ThreadPoolExecutor(4) as pool:
+        for number, square in enumerate(map_ahead(pool, lambda n: begun.append(n) or n * n, range(50), ahead=5)):
+            assert square == number**2 and len(begun) <= number + 6
+
+
+def test_the_boxes_are_in_the_pixels_of_the_large_picture(scene, detector):
+    large = scene.resize((1600, 960), Image.Resampling.NEAREST)
+    small, result = answer(scene, detector), answer(large, detector)
+    assert result.size == (960, 1600)
+    assert (result.boxes[:, 2:] <= torch.tensor([1600, 960])).all() and (result.boxes >= 0).all()
+    torch.testing.assert_close(result.boxes.sort(0).values / 10, small.boxes.sort(0).values, atol=4, rtol=0)
+
+
+# What is kept, and its names
+
+
+def test_the_threshold_keeps_what_scores_as_much_or_more(scene, detector):
+    everything = answer(scene, detector)
+    assert len(everything.scores) == 8 and (everything.scores.diff() <= 0).all()
+    some = float(everything.scores[3])
+    assert answer(scene, detector, threshold=some).scores.tolist() == everything.scores[:4].tolist()
+    assert len(answer(scene, detector, threshold=1.01).scores) == 0
+
+
+def test_every_box_has_the_name_of_its_class(scene, detector):
+    result = answer(scene, detector)
+    assert result.names == tuple(NAMES[label] for label in result.labels)
+
+
+def test_the_mode_of_the_model_is_left_as_it_was(scene, detector):
+    detector.model.train()
+    answer(scene, detector)
+    assert detector.model.training
+    detector.model.eval()
+
+
+def test_an_unknown_device_is_refused():
+    with pytest.raises(ValueError, match="tpu"):
+        pick_device("tpu")
+    if not torch.backends.mps.is_available():
+        with pytest.raises(RuntimeError, match="MPS"):
+            pick_device("mps")
+    assert pick_device("cpu").type == "cpu"
+
+
+# Drawing
+
+
+@pytest.mark.parametrize("size", [(160, 96), (20, 12), (3, 400), (1, 1), (2000, 1500)])
+def test_a_picture_of_any_size_can_be_drawn_on(size, scene, detector):
+    picture = scene.resize(size)
+    drawn = draw_result(answer(picture, detector))
+    assert drawn.size == size and drawn.mode == "RGB"
+    if min(size) > 3:
+        assert not np.array_equal(drawn, picture)
+
+
+def test_captions_stay_in_the_picture_and_apart(scene, detector, monkeypatch):
+    import detr_nb.predict as module
+
+    places, place = [], module.caption_place
+
+    def noted(box, size, canvas, taken):
+        x, y = place(box, size, canvas, taken)
+        places.append((x, y, x + size[0], y + size[1]))
+        return x, y
+
+    monkeypatch.setattr(module, "caption_place", noted)
+    corners = torch.tensor([[0, 0, 90, 60], [550, 0, 640, 60], [0, 420, 90, 480], [550, 420, 640, 480],
+                            [0, 0, 640, 480]])
+    draw_result(answer(scene.resize((640, 480)), detector)._replace(
+        boxes=corners.float(), scores=torch.linspace(0.9, 0.8, 5), labels=torch.arange(5), names=("a long name",) * 5))
+    assert len(places) == 5
+    for index, (x1, y1, x2, y2) in enumerate(places):
+        assert 0 <= x1 < x2 <= 640 and 0 <= y1 < y2 <= 480
+        assert all(x2 <= a or c <= x1 or y2 <= b or d <= y1 for a, b, c, d in places[:index])
+
+
+# What is not a picture
+
+
+def test_a_broken_file_says_why_and_the_rest_goes_on(scene, detector, tmp_path, caplog):
+    write_nine(scene, tmp_path)
+    (tmp_path / "4.png").write_bytes((tmp_path / "4.png").read_bytes()[:2000])
+    (tmp_path / "5.jpg").write_text("not a picture")
+    (tmp_path / "6.bmp").write_bytes(b"")
+    (tmp_path / "notes.txt").write_text("no picture either, and not named like one")
+    results = list(predict([tmp_path, tmp_path / "nowhere.png"], detector, threshold=0.0, device="cpu"))
+    problems = {result.name: result.problem for result in results if result.problem}
+    assert set(problems) == {"4.png", "5.jpg", "6.bmp", "nowhere.png"} and len(results) == 12
+    assert "truncated" in problems["4.png"] and "not a picture" in problems["5.jpg"]
+    assert "no such file" in problems["nowhere.png"]
+    assert all(name in caplog.text for name in problems)
+    assert all(len(result.boxes) == 8 for result in results if not result.problem)
+
+
+def test_no_pictures_is_an_error_that_says_where_it_looked(detector, tmp_path):
+    with pytest.raises(ValueError, match=f"no images in {tmp_path}"):
+        predict(tmp_path, detector)
+    with pytest.raises(ValueError, match="no images"):
+        predict([], detector)
+
+
+def test_a_folder_leaves_out_what_is_hidden_and_what_was_written(scene, tmp_path):
+    for name in ("a.JPG", "sub/b.png", ".hidden/c.png", "._d.png", "predictions/a.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        scene.save(tmp_path / name)
+    found = find_pictures(tmp_path, skip=tmp_path / "predictions")
+    assert [name for name, _ in found] == ["a.JPG", "sub/b.png"]
+
+
+# The web
+
+
+@pytest.fixture
+def server(tmp_path):
+    "A server of the files in `tmp_path`; gives its address."
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    handler = functools.partial(Quiet, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
+        thread = threading.Thread(target=served.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{served.server_port}"
+        served.shutdown()
+        thread.join()
+
+
+def test_a_url_is_fetched_once(server, scene, detector, tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    scene.save(tmp_path / "a picture.png")
+    address = f"{server}/a%20picture.png?size=large"
+    result = answer(address, detector)
+    assert result.name == address and isinstance(result.source, bytes)
+    assert_alike(result, answer(scene, detector))
+    (tmp_path / "a picture.png").unlink()
+    assert draw_result(result).size == scene.size  # from the bytes that came
+    with pytest.raises(PictureError, match="404"):
+        read_picture(address)
+
+
+# The command
+
+
+def command(*arguments: object, folder: Path) -> subprocess.CompletedProcess:
+    "Run `python -m detr_nb.predict` in a folder."
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "no_proxy": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-m", "detr_nb.predict", *map(str, arguments), "--device", "cpu"]
+    return subprocess.run(line, capture_output=True, text=True, cwd=folder, env=environ, timeout=300)
+
+
+def test_the_command_writes_pictures_and_one_coco_file(server, scene, detector, weights, tmp_path):
+    write_nine(scene, tmp_path / "album")
+    scene.save(tmp_path / "web.png")
+    sources = "album", f"{server}/web.png"
+    done = command(*sources, "--weights", weights, "--threshold", 0, "--output", "out", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "10/10" in done.stderr and "80 objects" in done.stderr  # the bar; eight queries a picture
+    drawn = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert drawn == [*(f"{number}.jpg" for number in range(9)), "detections.json", "web.jpg"]
+    with Image.open(tmp_path / "out/4.jpg") as picture:
+        assert picture.size == (150, 131)
+
+    written = json.loads((tmp_path / "out/detections.json").read_text())
+    assert [image["file_name"] for image in written["images"]] == [*(f"{n}.png" for n in range(9)), f"{server}/web.png"]
+    assert [image["id"] for image in written["images"]] == list(range(1, 11))
+    assert {entry["id"]: entry["name"] for entry in written["categories"]} == dict(zip(IDS, NAMES))
+    image = written["images"][4]
+    assert (image["width"], image["height"]) == (150, 131)
+    expected = answer(tmp_path / "album/4.png", detector)
+    found = [entry for entry in written["annotations"] if entry["image_id"] == image["id"]]
+    assert [entry["category_id"] for entry in found] == [IDS[label] for label in expected.labels]
+    for entry, (x1, y1, x2, y2), score in zip(found, expected.boxes.tolist(), expected.scores.tolist()):
+        assert entry["bbox"] == pytest.approx([x1, y1, x2 - x1, y2 - y1], abs=0.0051)
+        assert entry["bbox"] == [round(number, 2) for number in entry["bbox"]]
+        assert entry["score"] == pytest.approx(score, abs=1e-5)
+
+
+def test_pycocotools_reads_the_file_as_a_data_set_and_as_results(scene, weights, tmp_path):
+    (tmp_path / "val").mkdir()
+    for number in (285, 139):
+        scene.save(tmp_path / f"val/{number:012d}.jpg")
+    done = command("val", "--weights", weights, "--threshold", 0, "--output", "out", "--no_pictures", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["detections.json"]
+    path = tmp_path / "out/detections.json"
+    data = COCO(str(path))
+    assert data.getImgIds() == [139, 285] and len(data.anns) == 16  # COCO's ids, from COCO's names
+    assert len(data.loadAnns(data.getAnnIds(imgIds=[139]))) == 8
+    truth = COCO()
+    truth.dataset = {"images": [{"id": 139}, {"id": 285}], "annotations": [], "categories": data.dataset["categories"]}
+    truth.createIndex()
+    results = truth.loadRes(json.loads(path.read_text())["annotations"])
+    assert len(results.anns) == 16 and results.anns[1]["score"] > 0
+
+
+def test_the_command_reports_a_broken_file_and_ends_with_a_status(scene, weights, tmp_path):
+    write_nine(scene, tmp_path / "album")
+    (tmp_path / "album/3.png").write_bytes(b"\x89PNG but not for long")
+    done = command("album", "nowhere.jpg", "--weights", weights, "--threshold", 0, folder=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "left out 3.png" in done.stderr and "left out nowhere.jpg: there is no such file" in done.stderr
+    written = json.loads((tmp_path / "predictions/detections.json").read_text())
+    assert [entry["file_name"] for entry in written["left_out"]] == ["3.png", "nowhere.jpg"]
+    assert len(written["images"]) == 8 and len(written["annotations"]) == 64
+    assert not (tmp_path / "predictions/3.jpg").exists() and (tmp_path / "predictions/4.jpg").exists()
+
+
+def test_the_command_explains_mistakes_without_a_traceback(scene, weights, tmp_path):
+    scene.save(tmp_path / "a.png")
+    (tmp_path / "empty").mkdir()
+    for arguments, message in (
+        (("empty", "--weights", weights), "no images in empty"),
+        (("a.png", "--weights", "nowhere.pth"), "nowhere.pth"),
+        (("a.png",), "--weights"),
+    ):
+        done = command(*arguments, folder=tmp_path)
+        assert done.returncode != 0 and message in done.stderr + done.stdout and "Traceback" not in done.stderr
