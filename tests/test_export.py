@@ -1,0 +1,142 @@
+"""Exported models: the model's numbers at sizes that were not recorded; a command that says what is wrong."""
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ledger import ONNXRUNTIME, TORCH, Ledger
+
+from detr_nb.checkpoints import Preprocessing, save_checkpoint
+from detr_nb.detr import DETR, build_detr
+from detr_nb.export import ExportError, OnnxDETR, check_onnx, export_command, export_onnx, export_program, need
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+ROOT = Path(__file__).resolve().parent.parent
+REDUCED = dict(num_classes=7, hidden_dim=32, nheads=4, enc_layers=2, dec_layers=2, dim_feedforward=64, num_queries=10)
+MODELS = {
+    "small": dict(backbone="small", pre_norm=True),
+    "small-learned": dict(backbone="small", position_embedding="learned", enc_layers=0),
+    "R50": dict(backbone="resnet50", pretrained=None),
+    "R50-DC5": dict(backbone="resnet50", pretrained=None, dilation=True),
+}
+# With torch 2.11 the recorded ResNet refuses a side of 4 n + 1 or 4 n + 2 pixels (see the chapter), the file does not.
+SIZES, FILE_SIZES = [(96, 128), (75, 100), (160, 64)], [(96, 128), (73, 101), (161, 66), (33, 200)]
+
+
+def build(name: str) -> DETR:
+    torch.manual_seed(0)
+    return build_detr(**REDUCED | MODELS[name]).eval()
+
+
+def make_batch(count: int, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    "Of several images the last is padded, and of three the first too, elsewhere."
+    generator = torch.Generator().manual_seed(height)
+    padding = torch.zeros(count, height, width, dtype=torch.bool)
+    if count > 1:
+        padding[-1, height // 2 :] = True
+    if count > 2:
+        padding[0, :, width * 3 // 4 :] = True
+    return torch.randn(count, 3, height, width, generator=generator).masked_fill(padding[:, None], 0), padding
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("onnx")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_file_says_what_the_model_says(name: str, folder: Path, ledger: Ledger) -> None:
+    model = build(name)
+    exported = OnnxDETR(export_onnx(model, folder / f"{name}.onnx"), threads=1)
+    for count in (1, 3):
+        for size in FILE_SIZES:
+            images, padding = make_batch(count, *size)
+            with torch.no_grad():
+                expected = model(images, padding)
+            for ours, theirs in zip(exported(images, padding), expected):
+                ledger.compare("ONNX, logits and boxes", ours, theirs[-1:], ONNXRUNTIME)
+    with torch.no_grad():
+        alone = model(images[:1])
+    for ours, theirs in zip(exported(images[:1]), alone):  # no mask at all
+        ledger.compare("ONNX, logits and boxes", ours, theirs[-1:], ONNXRUNTIME)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_recorded_program_says_what_the_model_says(name: str, ledger: Ledger) -> None:
+    model = build(name)
+    program = export_program(model).module()
+    for count in (1, 3):
+        for size in SIZES:
+            batch = make_batch(count, *size)
+            with torch.no_grad():
+                pairs = zip(program(*batch), model(*batch))
+            for ours, theirs in pairs:
+                ledger.compare("exported program", ours, theirs[-1], TORCH)
+
+
+def test_the_model_stays_as_it_is() -> None:
+    "In training, in float64, frozen where it was frozen; and the recording is of the finished model."
+    model = build("small").double().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    program = export_program(model).module()
+    images, padding = make_batch(1, 64, 64)
+    first, second = (program(images, padding)[0].detach() for _ in range(2))
+    assert torch.equal(first, second) and first.dtype == torch.float32 and model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_wrong_file_is_seen(folder: Path) -> None:
+    model = build("small")
+    path = export_onnx(model, folder / "wrong.onnx")
+    model.bbox_embed.layers[-1].bias.data += 2e-3
+    with pytest.raises(ExportError, match=r"wrong\.onnx does not say what the model says"):
+        check_onnx(model, path)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder: Path) -> Path:
+    model, path = build("small"), folder / "checkpoint.pth"
+    save_checkpoint(path, {
+        "format": "detr_nb", "version": 1, "epoch": 0, "step": 0, "model": model.state_dict(), "config": {},
+        "architecture": REDUCED | MODELS["small"], "preprocessing": Preprocessing(64, 160)._asdict(),
+        "classes": {"ids": [3, 5, 9, 10, 11, 12, 90], "names": list("abcdefg")}})
+    return path
+
+
+def test_the_command(checkpoint: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    output = folder / "new" / "model.onnx"
+    with caplog.at_level(logging.INFO, logger="detr_nb"):
+        export_command(["--weights", str(checkpoint), "--output", str(output)])
+    assert "wrote" in caplog.text and "checked on 6 batches" in caplog.text
+    exported = OnnxDETR(output)
+    notes = {name: json.loads(exported.notes[name]) for name in ("names", "category_ids", "preprocessing", "mean")}
+    assert notes["names"] == list("abcdefg") and notes["category_ids"] == [3, 5, 9, 10, 11, 12, 90]
+    assert notes["preprocessing"] == {"short_side": 64, "max_size": 160} and notes["mean"][0] == pytest.approx(0.485)
+    assert [(x.name, x.shape) for x in exported.session.get_inputs()] == [
+        ("images", ["batch", 3, "height", "width"]), ("padding", ["batch", "height", "width"])]
+
+
+def test_the_command_refuses_with_a_message(folder: Path) -> None:
+    with pytest.raises(SystemExit, match="nothing.pth"):
+        export_command(["--weights", str(folder / "nothing.pth"), "--output", str(folder / "x.onnx")])
+    assert not (folder / "x.onnx").exists()
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, checkpoint: Path, folder: Path) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ExportError, match="onnxscript.*pip install"):
+        need("onnxscript")
+    with pytest.raises(SystemExit, match="onnxscript.*pip install"):
+        export_command(["--weights", str(checkpoint), "--output", str(folder / "y.onnx")])
+
+
+def test_the_module_imports_nothing_of_onnx() -> None:
+    program = "import sys, detr_nb.export; print([m for m in sys.modules if m.split('.')[0].startswith('onnx')])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
