@@ -180,8 +180,8 @@ class ExportSettings:
 def export_command(argv: list[str] | None = None) -> None:
     "The command `python -m detr_nb.export`; ends with a message where something is missing or wrong."
     settings = tyro.cli(ExportSettings, args=argv, prog="detr_nb.export", use_underscores=True)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("onnxscript").setLevel(logging.WARNING)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logger.setLevel(logging.INFO)  # of ours only: the translator tells of every step
     try:
         need("onnx", "onnxscript", *(["onnxruntime"] if settings.check else []))
         detector = load_detector(settings.weights)
