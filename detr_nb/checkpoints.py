@@ -3,14 +3,14 @@
 # %% auto #0
 __all__ = ['logger', 'RELEASED_URL', 'RELEASED', 'HALVES', 'ENCODER', 'DECODER', 'TABLES', 'BLOCK', 'NAMES', 'RESNET', 'TIMM',
            'DEPTHS', 'COCO_NAMES', 'CLASS_HEAD', 'CheckpointError', 'save_checkpoint', 'load_file', 'load_safetensors',
-           'cached', 'fetch', 'load_address', 'Contents', 'read_source', 'beside', 'split_contents', 'rename',
+           'cached', 'fetch_once', 'load_address', 'Contents', 'read_source', 'beside', 'split_contents', 'rename',
            'reversed_table', 'modern_name', 'join_projections', 'split_projections', 'layout_of', 'our_name',
-           'our_tensors', 'count_blocks', 'read_backbone', 'read_architecture', 'load_checkpoint', 'complete',
-           'settings_of_ours', 'told', 'load_model', 'load_layout', 'from_released', 'from_transformers',
-           'architecture', 'check_writable', 'plain_tensors', 'to_released', 'released_name', 'to_transformers',
-           'class_names', 'Preprocessing', 'Detector', 'load_detector', 'named_model', 'detr_resnet50',
-           'detr_resnet50_dc5', 'detr_resnet101', 'detr_resnet101_dc5', 'settings_changed', 'Report', 'class_rows',
-           'take_queries', 'take_classes', 'finetune']
+           'our_tensors', 'count_blocks', 'read_backbone', 'read_architecture', 'complete', 'settings_of_ours', 'told',
+           'load_model', 'load_layout', 'from_released', 'from_transformers', 'architecture', 'check_writable',
+           'plain_tensors', 'to_released', 'released_name', 'to_transformers', 'class_names', 'Preprocessing',
+           'Detector', 'load_detector', 'load_checkpoint', 'settings_changed', 'named_model', 'detr_resnet50',
+           'detr_resnet50_dc5', 'detr_resnet101', 'detr_resnet101_dc5', 'Report', 'class_rows', 'take_queries',
+           'take_classes', 'finetune']
 
 # %% ../nbs/17_checkpoints.ipynb #a346202f
 import argparse
@@ -35,11 +35,11 @@ from .distributed import get_logger
 
 logger = get_logger(__name__)
 
-# %% ../nbs/17_checkpoints.ipynb #bb65c7e0
+# %% ../nbs/17_checkpoints.ipynb #db265741
 class CheckpointError(ValueError):
     "A checkpoint that cannot be had, cannot be read, or does not fit; the message says what to do."
 
-# %% ../nbs/17_checkpoints.ipynb #1649eb57
+
 def save_checkpoint(
     path: str | Path,
     state: dict,  # tensors, numbers, strings, and lists and dictionaries of them
@@ -74,11 +74,12 @@ def load_file(path: str | Path) -> Any:
     except CheckpointError:
         raise
     except Exception as error:  # pickle, zip, torch and safetensors each raise their own kinds
-        reason = str(error).strip().splitlines() or [""]
-        raise CheckpointError(
-            f"{path} is not a checkpoint that can be read ({type(error).__name__}: {reason[0][:200]}): it is cut "
-            "short, something else, or holds more than tensors and plain values, which are not run. Get it again."
-        ) from None
+        if asks := re.search(r"GLOBAL (\S+)", str(error)):
+            reason = f"it asks for {asks[1]}, which is neither a tensor nor a plain value; nothing of it was run"
+        else:
+            said = re.split(r"\.\s|\n", str(error))[0][:120]
+            reason = f"it is cut short, or something else ({type(error).__name__}: {said}); get it again"
+        raise CheckpointError(f"{path} is not a checkpoint that can be read: {reason}") from None
 
 
 def load_safetensors(path: Path) -> dict[str, Tensor]:
@@ -111,7 +112,7 @@ def cached(url: str) -> tuple[Path, str | None]:
     return Path(torch.hub.get_dir()) / "checkpoints" / name, digits and digits[1]
 
 
-def fetch(url: str) -> Path:
+def fetch_once(url: str) -> Path:
     "Download a file once, and check it against the digits in its name; raises `CheckpointError`."
     file, digits = cached(url)
     if file.exists():
@@ -130,7 +131,7 @@ def fetch(url: str) -> Path:
 
 def load_address(url: str) -> Any:
     "What the file at an address holds; one that cannot be read does not stay in the cache."
-    file = fetch(url)
+    file = fetch_once(url)
     try:
         return load_file(file)
     except CheckpointError:
@@ -158,7 +159,7 @@ def read_source(
         return split_contents(load_address(source), source, {})
     path = Path(source)
     if path.is_dir():  # as `save_pretrained` of transformers writes it
-        path = next((path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()), path)
+        path = path / ("pytorch_model.bin" if (path / "pytorch_model.bin").exists() else "model.safetensors")
     return split_contents(load_file(path), source, beside(path))
 
 
@@ -182,7 +183,7 @@ def split_contents(found: Any, name: str, rest: dict) -> Contents:
         raise CheckpointError(f"{name} holds no state dict of a model: neither tensors by name nor a 'model' with them")
     return Contents(dict(found), rest, name)
 
-# %% ../nbs/17_checkpoints.ipynb #6d928209
+# %% ../nbs/17_checkpoints.ipynb #55b7d92a
 HALVES = [(".out_proj.", ".o_proj."), (".linear1.", ".mlp.fc1."), (".linear2.", ".mlp.fc2."),
           (".norm1.", ".self_attn_layer_norm.")]
 ENCODER = [*HALVES, (".norm2.", ".final_layer_norm.")]
@@ -193,6 +194,8 @@ BLOCK = [(".downsample.0.", ".shortcut.convolution."), (".downsample.1.", ".shor
     (f".{ours}{k + 1}.", f".layer.{k}.{theirs}.")
     for k in range(3) for ours, theirs in (("conv", "convolution"), ("bn", "normalization"))
 ]
+
+# %% ../nbs/17_checkpoints.ipynb #cd4a2a81
 NAMES = [  # how our names begin, how those of transformers begin, and what is called otherwise after that
     ("query_embed.", "model.query_position_embeddings.", []),
     ("input_proj.", "model.input_projection.", []),
@@ -225,15 +228,16 @@ def reversed_table(table: list) -> list:
     "The table that renames the other way."
     return [(theirs, ours, [(new, old) for old, new in parts]) for ours, theirs, parts in table]
 
-# %% ../nbs/17_checkpoints.ipynb #6e999559
+# %% ../nbs/17_checkpoints.ipynb #0656d830
 def modern_name(name: str) -> str:
     "The name that transformers 5 gives to a tensor that older versions called otherwise."
     name = name.removeprefix("detr.")  # of the segmentation model
-    name = name.replace("backbone.conv_encoder.", "backbone.").replace("backbone.position_embedding.", "position_embedding.")
-    name = name.replace(".out_proj.", ".o_proj.")
+    for old, new in (("backbone.conv_encoder.", "backbone."), ("backbone.position_embedding.", "position_embedding."),
+                     (".out_proj.", ".o_proj.")):
+        name = name.replace(old, new)
     return re.sub(r"(layers\.\d+)\.(fc[12])\.", r"\1.mlp.\2.", name)
 
-
+# %% ../nbs/17_checkpoints.ipynb #cf933ffd
 def join_projections(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     "Queries', keys' and values' matrices and biases under one another, as `nn.MultiheadAttention` keeps them."
     joined = {}
@@ -304,7 +308,7 @@ def our_tensors(contents: Contents) -> dict[str, Tensor]:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")}
     return join_projections(tensors) if layout == "transformers" else tensors
 
-# %% ../nbs/17_checkpoints.ipynb #e46418f3
+# %% ../nbs/17_checkpoints.ipynb #6b08e03f
 DEPTHS = {
     ("conv2", 2, 2, 2, 2): "resnet18",
     ("conv2", 3, 4, 6, 3): "resnet34",
@@ -330,7 +334,7 @@ def read_backbone(tensors: dict[str, Tensor]) -> dict[str, str]:
     norm = "batch" if "num_batches_tracked" in parts else "frozen" if "running_mean" in parts else "group"
     return {"backbone": DEPTHS[blocks], "norm": norm}
 
-
+# %% ../nbs/17_checkpoints.ipynb #3561d685
 def read_architecture(tensors: dict[str, Tensor]) -> dict[str, Any]:
     "What the names and shapes of a model's tensors (under our names) say of the arguments of `build_detr`."
     names, stack = list(tensors), "transformer.decoder.layers."
@@ -350,17 +354,7 @@ def read_architecture(tensors: dict[str, Tensor]) -> dict[str, Any]:
     except KeyError as error:
         raise CheckpointError(f"the checkpoint has no {error.args[0]}, which every DETR has") from None
 
-# %% ../nbs/17_checkpoints.ipynb #6b08e03f
-def load_checkpoint(path: str | Path) -> dict:
-    "A checkpoint of ours, whole, as `save_checkpoint` wrote it; raises `CheckpointError` for anything else."
-    state = load_file(path)
-    if not isinstance(state, dict) or state.get("format") != "detr_nb":
-        raise CheckpointError(f"{path}: not a checkpoint of detr_nb.train; name a checkpoint.pth or best.pth of a run")
-    if state.get("version") != 1:
-        raise CheckpointError(f"{path} is of version {state.get('version')}, this code reads version 1: update detr_nb")
-    return complete(state)
-
-
+# %% ../nbs/17_checkpoints.ipynb #340e1f3d
 def complete(state: dict) -> dict:
     "Add what the first checkpoints of ours did not keep, from their settings: architecture and preprocessing."
     config, found = state["config"], dict(state)
@@ -375,7 +369,7 @@ def complete(state: dict) -> dict:
         found["preprocessing"] = {"short_side": short, "max_size": limit}
     return found
 
-# %% ../nbs/17_checkpoints.ipynb #3561d685
+
 def settings_of_ours(contents: Contents) -> dict:
     "What a checkpoint of ours keeps beside the tensors; raises `CheckpointError` when there is nothing."
     if contents.rest.get("format") != "detr_nb":
@@ -387,7 +381,7 @@ def settings_of_ours(contents: Contents) -> dict:
 
 # %% ../nbs/17_checkpoints.ipynb #b59b9877
 def told(contents: Contents) -> dict[str, Any]:
-    "Heads, dilation and such, which no shape shows: from the settings beside the tensors, else the name, else the paper."
+    "What no shape shows, heads and dilation: from the settings beside the tensors, else the name, else the paper."
     if layout_of(contents) == "detr_nb":
         return settings_of_ours(contents)["architecture"]
     stem = Path(urlsplit(contents.name).path).stem
@@ -412,7 +406,8 @@ def load_model(
         model = model.to(torch.promote_types(tensors["class_embed.weight"].dtype, torch.float32)).to_empty(device="cpu")
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise CheckpointError(f"{contents.name} does not hold a whole DETR: {error}") from None
+        reason = " ".join(str(error).split()).removeprefix("Error(s) in loading state_dict for DETR: ")
+        raise CheckpointError(f"{contents.name} does not hold a whole DETR: {reason}") from None
     return model.eval()
 
 
@@ -495,7 +490,7 @@ def to_transformers(
     table = NAMES + (TIMM if timm else RESNET)
     return {rename(name, table): tensor for name, tensor in split_projections(plain_tensors(model)).items()}
 
-# %% ../nbs/17_checkpoints.ipynb #6bedb8f3
+# %% ../nbs/17_checkpoints.ipynb #94e501f4
 COCO_NAMES = tuple(
     "N/A,person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,N/A,stop sign,"
     "parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,N/A,backpack,umbrella,N/A,N/A,"
@@ -506,7 +501,7 @@ COCO_NAMES = tuple(
     "hair drier,toothbrush".split(",")
 )  # by COCO's category id, 0..90, as the released models count; 11 ids are not used
 
-# %% ../nbs/17_checkpoints.ipynb #b1ec33f5
+
 def class_names(contents: Contents, num_classes: int) -> tuple[str, ...] | None:
     "The names of a checkpoint's classes; None when it does not say and is not one of COCO's."
     if "classes" in contents.rest:
@@ -546,7 +541,25 @@ def load_detector(
     names = class_names(contents, count) or tuple(f"class {index}" for index in range(count))
     return Detector(model, names, tuple(range(count)), Preprocessing(800, 1333))
 
-# %% ../nbs/17_checkpoints.ipynb #af9c3436
+# %% ../nbs/17_checkpoints.ipynb #3985efc4
+def load_checkpoint(path: str | Path) -> dict:
+    "A checkpoint of ours, whole, as `save_checkpoint` wrote it; raises `CheckpointError` for anything else."
+    state = load_file(path)
+    if not isinstance(state, dict) or state.get("format") != "detr_nb":
+        raise CheckpointError(f"{path}: not a checkpoint of detr_nb.train; name a checkpoint.pth or best.pth of a run")
+    if state.get("version") != 1:
+        raise CheckpointError(f"{path} is of version {state.get('version')}, this code reads version 1: update detr_nb")
+    return complete(state)
+
+# %% ../nbs/17_checkpoints.ipynb #9c9d16f6
+def settings_changed(
+    saved: Mapping[str, Any],  # of a checkpoint
+    now: Mapping[str, Any],  # of the command line
+) -> dict[str, tuple[Any, Any]]:  # by name: what it was, what it is
+    "The settings that both have and that differ."
+    return {key: (saved[key], now[key]) for key in now if key in saved and saved[key] != now[key]}
+
+# %% ../nbs/17_checkpoints.ipynb #ff241f70
 def named_model(
     name: str,  # one of RELEASED's
     pretrained: bool,
@@ -562,7 +575,7 @@ def named_model(
         )
     return from_released(name)
 
-
+# %% ../nbs/17_checkpoints.ipynb #eb1f6751
 def detr_resnet50(pretrained: bool = False, num_classes: int = 91) -> DETR:
     "DETR R50 (Carion et al. 2020, table 1): released weights in evaluation mode, or random ones to be filled."
     return named_model("detr_resnet50", pretrained, num_classes)
@@ -581,14 +594,6 @@ def detr_resnet101(pretrained: bool = False, num_classes: int = 91) -> DETR:
 def detr_resnet101_dc5(pretrained: bool = False, num_classes: int = 91) -> DETR:
     "DETR-DC5 R101; as `detr_resnet50_dc5` otherwise."
     return named_model("detr_resnet101_dc5", pretrained, num_classes)
-
-# %% ../nbs/17_checkpoints.ipynb #9c9d16f6
-def settings_changed(
-    saved: Mapping[str, Any],  # of a checkpoint
-    now: Mapping[str, Any],  # of the command line
-) -> dict[str, tuple[Any, Any]]:  # by name: what it was, what it is
-    "The settings that both have and that differ."
-    return {key: (saved[key], now[key]) for key in now if key in saved and saved[key] != now[key]}
 
 # %% ../nbs/17_checkpoints.ipynb #3195c204
 class Report(NamedTuple):
@@ -622,7 +627,7 @@ def class_rows(
     shared = {row: place[name.casefold()] for row, name in enumerate(ours) if name.casefold() in place}
     return shared | {len(ours): len(theirs)}
 
-
+# %% ../nbs/17_checkpoints.ipynb #752a6bfc
 def take_queries(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, str]:
     "Copy as many queries as both have, the first ones; returns what was taken of which tensor."
     name = "query_embed.weight"
@@ -667,7 +672,8 @@ def finetune(
     contents = read_source(source)
     there, here = our_tensors(contents), plain_tensors(model)
     differences = settings_changed(told(contents) | read_architecture(there), architecture(model))
-    differences = {key: pair for key, pair in differences.items() if key not in ("num_classes", "num_queries", "dropout")}
+    for key in ("num_classes", "num_queries", "dropout"):  # seen below, or of no weight
+        differences.pop(key, None)
     there = {name: tensor for name, tensor in there.items() if not name.endswith("num_batches_tracked")}
     whole = [name for name in here if name in there and there[name].shape == here[name].shape]
     whole = [name for name in whole if name not in CLASS_HEAD]
