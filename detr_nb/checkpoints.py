@@ -81,7 +81,7 @@ def load_file(path: str | Path) -> Any:
             reason = f"it is cut short, or something else ({type(error).__name__}: {said}); get it again"
         raise CheckpointError(f"{path} is not a checkpoint that can be read: {reason}") from None
 
-
+# %% ../nbs/17_checkpoints.ipynb #3f16cdbf
 def load_safetensors(path: Path) -> dict[str, Tensor]:
     "The tensors of a safetensors file; needs the package of that name."
     if find_spec("safetensors") is None:
@@ -111,7 +111,7 @@ def cached(url: str) -> tuple[Path, str | None]:
         name = f"{sha256(url.encode()).hexdigest()[:12]}_{name}"
     return Path(torch.hub.get_dir()) / "checkpoints" / name, digits and digits[1]
 
-
+# %% ../nbs/17_checkpoints.ipynb #e35313ad
 def fetch_once(url: str) -> Path:
     "Download a file once, and check it against the digits in its name; raises `CheckpointError`."
     file, digits = cached(url)
@@ -128,7 +128,7 @@ def fetch_once(url: str) -> Path:
         ) from error
     return file
 
-
+# %% ../nbs/17_checkpoints.ipynb #39c52750
 def load_address(url: str) -> Any:
     "What the file at an address holds; one that cannot be read does not stay in the cache."
     file = fetch_once(url)
@@ -145,7 +145,7 @@ class Contents(NamedTuple):
     rest: dict  # everything else: epoch, settings, classes, ...
     name: str  # where it came from, for messages
 
-
+# %% ../nbs/17_checkpoints.ipynb #29c9aa18
 def read_source(
     source: str | Path | Mapping,  # a path, an address, one of RELEASED's names, or what a file would hold
 ) -> Contents:
@@ -162,7 +162,7 @@ def read_source(
         path = path / ("pytorch_model.bin" if (path / "pytorch_model.bin").exists() else "model.safetensors")
     return split_contents(load_file(path), source, beside(path))
 
-
+# %% ../nbs/17_checkpoints.ipynb #4260bc8b
 def beside(path: Path) -> dict:
     "What the `config.json` says that transformers writes beside its weights."
     file = path.with_name("config.json")
@@ -212,7 +212,7 @@ RESNET = [  # the same for the backbone, in the library's own ResNet
 ] + [(f"backbone.body.layer{s + 1}.", f"model.backbone.model.encoder.stages.{s}.layers.", BLOCK) for s in range(4)]
 TIMM = [("backbone.body.", "model.backbone.model.", [])]  # timm gives torchvision's names
 
-
+# %% ../nbs/17_checkpoints.ipynb #704a021f
 def rename(name: str, table: list) -> str | None:
     "The name after the first row of a table that it begins like; None when there is no such row."
     for begins, becomes, parts in table:
@@ -280,7 +280,7 @@ def layout_of(contents: Contents) -> str:
         f"DetrForObjectDetection); its first tensors are {', '.join(list(contents.tensors)[:3])}"
     )
 
-
+# %% ../nbs/17_checkpoints.ipynb #1f5aea61
 def our_name(name: str, layout: str) -> str | None:
     "What a tensor of a layout is called in our model; None for a mask head's, which has no place in a detector."
     if layout == "detr_nb":
@@ -293,7 +293,7 @@ def our_name(name: str, layout: str) -> str | None:
     name = modern_name(name)
     return rename(name, reversed_table(NAMES + RESNET + TIMM)) or name
 
-
+# %% ../nbs/17_checkpoints.ipynb #b99042e6
 def our_tensors(contents: Contents) -> dict[str, Tensor]:
     "The detector's tensors under our names; a mask head is left out, with a warning."
     layout = layout_of(contents)
@@ -410,7 +410,7 @@ def load_model(
         raise CheckpointError(f"{contents.name} does not hold a whole DETR: {reason}") from None
     return model.eval()
 
-
+# %% ../nbs/17_checkpoints.ipynb #56da3155
 def load_layout(source: str | Path | Mapping, layout: str, dilation: bool | None, nheads: int | None) -> DETR:
     "The model of a checkpoint that must be of this layout."
     contents = read_source(source)
@@ -466,7 +466,7 @@ def plain_tensors(model: DETR) -> dict[str, Tensor]:
     "The state dict without batch norms' counts of training batches, which frozen norms do not have."
     return {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("num_batches_tracked")}
 
-
+# %% ../nbs/17_checkpoints.ipynb #5f6b3277
 def to_released(model: DETR) -> dict[str, dict[str, Tensor]]:
     "The model as a checkpoint of the released code: save it with `torch.save`; raises `CheckpointError`."
     check_writable(model, "the released DETR", pre_norm=True)
@@ -480,7 +480,7 @@ def released_name(name: str) -> str:
     "What the released code calls a tensor of ours: backbone and position encoding are two parts of one list there."
     return re.sub(r"^position_encoding\.", "backbone.1.", re.sub(r"^backbone\.", "backbone.0.", name))
 
-
+# %% ../nbs/17_checkpoints.ipynb #2be8c04c
 def to_transformers(
     model: DETR,
     timm: bool = False,  # the backbone's names: timm's, as in the published files, or those of the library's own ResNet
@@ -526,7 +526,7 @@ class Detector(NamedTuple):
     category_ids: tuple[int, ...]  # of each class, in the data set it was trained on
     preprocessing: Preprocessing
 
-
+# %% ../nbs/17_checkpoints.ipynb #bc16eff4
 def load_detector(
     source: str | Path | Mapping,  # a path, an address, a name such as "detr_resnet50", or the loaded checkpoint
 ) -> Detector:
@@ -638,7 +638,7 @@ def take_queries(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str
     anew = f", rows {rows} to {len(ours[name]) - 1} anew" if rows < len(ours[name]) else ""
     return {name: f"{tuple(ours[name].shape)}: the first {rows} of the checkpoint's {len(theirs[name])} rows{anew}"}
 
-
+# %% ../nbs/17_checkpoints.ipynb #e27a9392
 def take_classes(
     ours: dict[str, Tensor],
     theirs: dict[str, Tensor],
