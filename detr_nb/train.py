@@ -34,7 +34,14 @@ from tqdm import tqdm
 from .backbone import WeightsError
 from .batching import Batch, CachedDataset, Targets, collate, make_loader
 from .boxes import cxcywh_to_xyxy
-from .checkpoints import architecture, finetune, load_checkpoint, load_detector, save_checkpoint, settings_changed
+from detr_nb.checkpoints import (
+    architecture,
+    finetune,
+    load_checkpoint,
+    load_detector,
+    save_checkpoint,
+    settings_changed,
+)
 from .coco import CocoDataset, open_coco
 from .criterion import SetCriterion
 from .detr import DETR, build_detr
@@ -183,10 +190,10 @@ class Config(LossSettings, ModelSettings, LearningSettings, RunSettings):
 
 # %% ../nbs/18_train.ipynb #320a206e
 LAPTOP = Config(
-    lr=5e-4, lr_backbone=5e-4, batch_size=32, num_workers=0, epochs=12, schedule="cosine", warmup_steps=200,
-    optimizer="muon", backbone="small", backbone_norm="group", pretrained=False, pretrain_epochs=6, temperature=20,
-    enc_layers=3, dec_layers=3, dim_feedforward=512, hidden_dim=128, dropout=0.0, num_queries=16, pre_norm=True,
-    bbox_loss_coef=3, giou_loss_coef=1.2, group_by_shape=True, eval_every=6,
+    lr=5e-4, lr_backbone=5e-4, batch_size=32, num_workers=0, epochs=14, schedule="cosine", warmup_steps=200,
+    optimizer="muon", lr_muon=0.007, backbone="small", backbone_norm="group", pretrained=False, pretrain_epochs=5,
+    temperature=20, enc_layers=3, dec_layers=3, dim_feedforward=512, hidden_dim=128, nheads=4, dropout=0.0,
+    num_queries=16, pre_norm=True, bbox_loss_coef=3, giou_loss_coef=1.2, group_by_shape=True, eval_every=7,
 )
 
 # %% ../nbs/18_train.ipynb #0a355a28
