@@ -743,7 +743,8 @@ def find_split(root: Path | str, split: str) -> tuple[Path, Path]:
         there = found or sorted([*root.glob("*.json"), *root.glob("*/*.json")])
         raise DataError(
             f"{'several annotation files' if found else 'no annotation file'} for the split {split!r} in {root}: "
-            f"looked for annotations/instances_{split}2017.json, annotations/instances_{split}*.json, {', '.join(wanted)}; "
+            f"looked for annotations/instances_{split}2017.json, annotations/instances_{split}*.json, "
+            f"{', '.join(wanted)}; "
             f"there: {named(path.relative_to(root).as_posix() for path in there) or 'none'}. "
             f"Name the file and its folder with --{split}_annotations and --{split}_images"
         )
