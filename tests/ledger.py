@@ -161,7 +161,7 @@ class Ledger:
             found[0] = rows.get((component, reference, ""), found[0])
             if any(found):
                 numbers = [show(number) if row else "" for row in found for number in (row or Row(""))[1:]]
-                limits = " / ".join(f"{limit:g}" for limit in promised.values()) + f" {measure}"
+                limits = " / ".join(f"{limit:g}".replace("e-0", "e-") for limit in promised.values()) + f" {measure}"
                 name = next(row.reference for row in found if row)
                 lines.append([component, name, *numbers, limits if any(promised.values()) else "equal"])
         write_table(DIFFERENCES, COLUMNS, lines)
@@ -172,7 +172,9 @@ class Ledger:
 
 def show(number: float) -> str:
     "Two digits; nothing for a share of nothing."
-    return "" if number == float("inf") else f"{number:.1e}" if number else "0"
+    if number == float("inf"):
+        return ""
+    return f"{number:.2g}" if number == 0 or 0.01 <= number < 100 else f"{number:.1e}".replace("e-0", "e-")
 
 
 def expected_rows() -> list[tuple[str, str]]:
