@@ -1,0 +1,244 @@
+"A data set of one's own, from a labelling tool's folder to detections in its own category ids."
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detr_nb import train
+from detr_nb.checkpoints import architecture, load_detector
+from detr_nb.coco import CocoDataset, open_coco
+from detr_nb.detr import build_detr
+from detr_nb.evaluation import CocoEvaluator, Detections, load_detections, to_coco_table
+from detr_nb.finetune import Vitals, cautions, describe, describe_command, model_flags, suggest, vitals
+from detr_nb.predict import PredictSettings, write_predictions
+
+pytestmark = pytest.mark.filterwarnings("ignore::detr_nb.coco.DataWarning")
+NAMES = {1: "red", 5: "white", 9: "platelet"}  # neither in a row nor in alphabetical order
+QUIET = ["--device", "cpu", "--num_workers", "0", "--report_to", "none", "--fast_dev_run", "--image_size", "96"]
+TINY = [
+    "--backbone", "small", "--backbone_norm", "group", "--no_pretrained", "--enc_layers", "1", "--dec_layers", "2",
+    "--hidden_dim", "32", "--dim_feedforward", "64", "--nheads", "4", "--num_queries", "12", "--temperature", "20",
+]  # fmt: skip
+
+
+def write_split(folder: Path, seed: int, count: int = 6) -> Path:
+    "Images of coloured rectangles and a Roboflow export of them; returns the annotation file."
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    categories = [{"id": 0, "name": "cells", "supercategory": "none"}]
+    categories += [{"id": i, "name": name, "supercategory": "cells"} for i, name in NAMES.items()]
+    content = {"images": [], "annotations": [], "categories": categories}
+    for image_id in range(count):
+        pixels = np.full((60, 80, 3), 220, dtype=np.uint8)
+        name = f"slide{image_id}_jpg.rf.{seed:08x}.jpg"
+        for category in rng.permutation(list(NAMES))[: image_id % 4].tolist():  # also none
+            (x, y), (w, h) = rng.integers(0, 40, 2).tolist(), rng.integers(8, 20, 2).tolist()
+            pixels[y : y + h, x : x + w] = 20 * category
+            content["annotations"].append({"id": len(content["annotations"]), "image_id": image_id, "iscrowd": 0,
+                                           "category_id": category, "bbox": [x, y, w, h], "area": w * h,
+                                           "segmentation": []})  # fmt: skip
+        Image.fromarray(pixels).save(folder / name)
+        content["images"].append({"id": image_id, "file_name": name, "width": 80, "height": 60})
+    (folder / "_annotations.coco.json").write_text(json.dumps(content))
+    return folder / "_annotations.coco.json"
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory) -> Path:
+    "The folder of a Roboflow export."
+    root = tmp_path_factory.mktemp("custom") / "export"
+    for seed, split in enumerate(("train", "valid")):
+        write_split(root / split, seed)
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(export, tmp_path_factory) -> Path:
+    "A run of two steps and one evaluation on the export."
+    folder = tmp_path_factory.mktemp("run")
+    train.main(["--coco_path", str(export), "--output_dir", str(folder), *TINY, *QUIET])
+    return folder
+
+
+def test_a_roboflow_export_is_trained_on_and_evaluated(run):
+    entry = json.loads((run / "log.txt").read_text().splitlines()[0])
+    assert len(entry["test_coco_eval_bbox"]) == 12 and entry["train_loss"] > 0
+    state = train.load_checkpoint(run / "best.pth")
+    assert state["classes"] == {"ids": list(NAMES), "names": list(NAMES.values())}
+
+
+def test_a_run_can_be_evaluated_alone_and_scores_the_same(run, export, capsys):
+    train.main(["--resume", str(run / "checkpoint.pth"), "--eval", "--fast_dev_run"])
+    printed = capsys.readouterr().out
+    found = json.loads(printed[printed.index("{\n") :])
+    entry = json.loads((run / "log.txt").read_text().splitlines()[0])
+    assert found["test_coco_eval_bbox"] == pytest.approx(entry["test_coco_eval_bbox"], abs=1e-6)
+
+
+def test_the_truth_scores_one_and_leaves_with_the_category_ids_of_the_file(export):
+    data = open_coco(export, "val")
+    content = json.loads((export / "valid" / "_annotations.coco.json").read_text())
+    evaluator = CocoEvaluator(data)
+    for sample in (data[i] for i in range(len(data))):
+        scores = torch.full((1, len(sample.labels)), 0.9)
+        evaluator.update(torch.tensor([sample.image_id]), Detections(scores, sample.labels[None], sample.boxes[None]))
+    rows = np.concatenate([to_coco_table(part, torch.tensor(data.categories.ids)) for part in evaluator.parts])
+    written = sorted((row[0], row[6], *row[1:5]) for row in rows.tolist())
+    listed = sorted((a["image_id"], a["category_id"], *a["bbox"]) for a in content["annotations"])
+    assert np.abs(np.array(written) - np.array(listed)).max() < 1e-5
+    assert len(load_detections(data.coco_api(), rows).anns) == len(listed)
+    assert evaluator.compute()["coco_eval_bbox"][0] == pytest.approx(1.0)
+
+
+def test_detections_are_written_with_the_names_and_ids_of_the_file(run, export, tmp_path):
+    write_predictions(PredictSettings((str(export / "valid"),), str(run / "best.pth"), threshold=0.0, output=tmp_path,
+                                      pictures=False, device="cpu"))
+    content = json.loads((tmp_path / "detections.json").read_text())
+    assert {entry["id"]: entry["name"] for entry in content["categories"]} == NAMES
+    assert {entry["category_id"] for entry in content["annotations"]} <= set(NAMES)
+    detector = load_detector(run / "best.pth")
+    assert detector.category_ids == tuple(NAMES) and detector.names == tuple(NAMES.values())
+    assert len(content["annotations"]) == 6 * 12 and min(entry["id"] for entry in content["annotations"]) == 1
+
+
+def test_files_by_name_train_like_the_folder(run, export, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for path in (export / "train").glob("*.jpg"):
+        (tmp_path / "pictures" / path.name).write_bytes(path.read_bytes())
+    mine = tmp_path / "mine.json"
+    mine.write_bytes((export / "train" / "_annotations.coco.json").read_bytes())
+    files = ["--train_annotations", str(mine), "--train_images", str(tmp_path / "pictures"),
+             "--val_annotations", str(export / "valid" / "_annotations.coco.json")]  # fmt: skip
+    train.main([*files, "--output_dir", str(tmp_path / "run"), *TINY, *QUIET])
+    logs = [json.loads((folder / "log.txt").read_text().splitlines()[0]) for folder in (run, tmp_path / "run")]
+    assert logs[0]["train_loss"] == logs[1]["train_loss"]
+
+
+def test_fine_tuning_takes_the_checkpoint_s_model_and_the_set_s_classes(run, export, tmp_path):
+    other = tmp_path / "other"
+    for seed, split in enumerate(("train", "valid")):
+        path = write_split(other / split, seed)
+        content = json.loads(path.read_text())
+        content["categories"] = [c for c in content["categories"] if c["id"] in (0, 5)]
+        content["annotations"] = [a for a in content["annotations"] if a["category_id"] == 5]
+        path.write_text(json.dumps(content))
+    train.main(["--coco_path", str(other), "--finetune", str(run / "checkpoint.pth"), "--lr", "0", "--lr_backbone", "0",
+                "--output_dir", str(tmp_path / "run"), *QUIET])  # fmt: skip
+    before, after = (load_detector(folder / "checkpoint.pth") for folder in (run, tmp_path / "run"))
+    assert after.names == ("white",) and after.category_ids == (5,) and after.model.num_classes == 1
+    assert architecture(after.model) | {"num_classes": 3} == architecture(before.model)
+    old, new = before.model.state_dict(), after.model.state_dict()
+    assert {name for name in old if not torch.equal(old[name], new[name])} == {"class_embed.weight", "class_embed.bias"}
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda path: path.unlink(), ["no annotation file for the split 'val'", "valid/_annotations.coco.json"]),
+    (lambda path: path.write_text(path.read_text()[:-20]), ["valid/_annotations.coco.json", "cut short"]),
+    (lambda path: path.write_text(path.read_text().replace('"white"', '"black"')), ["different categories"]),
+    (lambda path: path.write_text(path.read_text().replace('"id": 1, "image_id"', '"id": 0, "image_id"')),
+     ["repeat an id", "valid/_annotations.coco.json"]),
+])  # fmt: skip
+def test_a_broken_set_ends_the_run_with_one_message(export, tmp_path, change, words):
+    for path in export.rglob("*.*"):
+        (tmp_path / path.parent.name).mkdir(exist_ok=True)
+        (tmp_path / path.parent.name / path.name).write_bytes(path.read_bytes())
+    change(tmp_path / "valid" / "_annotations.coco.json")
+    with pytest.raises(SystemExit) as caught:
+        train.main(["--coco_path", str(tmp_path), "--output_dir", str(tmp_path / "run"), *TINY, *QUIET])
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+# ---------------------------------------------------------------- vital statistics
+
+
+def test_vitals_are_those_of_the_samples(export):
+    data = open_coco(export, "train")
+    for part in (data, data.subset([3, 1]), data.subset([0])):
+        samples = [part[i] for i in range(len(part))]
+        found = vitals(part)
+        labels = torch.cat([sample.labels for sample in samples])
+        assert found.names == tuple(NAMES.values())
+        assert found.objects.tolist() == torch.bincount(labels, minlength=3).tolist()
+        assert found.images_with.tolist() == [sum(k in s.labels.tolist() for s in samples) for k in range(3)]
+        assert found.per_image.tolist() == [len(s.labels) for s in samples]
+        assert found.short_sides.tolist() == [60] * len(part)
+        boxes = torch.cat([s.boxes for s in samples])
+        sides = (boxes[:, 2:] - boxes[:, :2]).prod(-1).sqrt() / 60
+        assert torch.allclose(found.sides.sort().values, sides.sort().values)
+
+
+def test_vitals_leave_crowds_out(export, tmp_path):
+    content = json.loads((export / "train" / "_annotations.coco.json").read_text())
+    content["annotations"][0]["iscrowd"] = 1
+    (tmp_path / "crowd.json").write_text(json.dumps(content))
+    found = vitals(CocoDataset(export / "train", tmp_path / "crowd.json"))
+    assert found.objects.sum() == len(content["annotations"]) - 1 == len(found.sides)
+
+
+def make_vitals(per_image: list[int], sides: list[float], objects=(90, 90), images_with=(60, 60)) -> Vitals:
+    columns = torch.tensor(objects), torch.tensor(images_with), torch.tensor(per_image)
+    return Vitals(("cat", "dog"), *columns, torch.full((len(per_image),), 480), torch.tensor(sides))
+
+
+def flags_of(*arguments, **settings) -> dict:
+    return {flag: value for flag, value, _ in suggest(*arguments, **settings)}
+
+
+def test_twice_the_fullest_image_of_either_split_has_room():
+    few, many = make_vitals([3, 5], [0.2]), make_vitals([1, 60], [0.2])
+    assert flags_of(few, few)["num_queries"] == 100  # the checkpoint's
+    assert flags_of(few, many)["num_queries"] == 120 == flags_of(many, few)["num_queries"]
+    assert flags_of(few, few, known_queries=8)["num_queries"] == 10
+
+
+@pytest.mark.parametrize("side, stride, size", [(0.1, 32, 320), (0.05, 16, 320), (0.01, 32, 800), (0.9, 32, 64)])
+def test_small_objects_get_a_cell_within_reason(side, stride, size):
+    found = flags_of(make_vitals([1], [side]), make_vitals([1], [side]), stride=stride)
+    assert found["image_size"] == size
+
+
+@pytest.mark.parametrize("batch_size, rate", [(16, 1e-4), (64, 2e-4), (4, 5e-5)])
+def test_the_rate_grows_with_the_root_of_the_batch_and_the_steps_stay(batch_size, rate):
+    some = make_vitals([1] * 100, [0.2])
+    found = flags_of(some, some, batch_size=batch_size)
+    assert found["lr"] == pytest.approx(rate) and found["lr_backbone"] == pytest.approx(rate / 10)
+    assert found["epochs"] * 100 / batch_size == pytest.approx(2000)
+
+
+def test_cautions_name_the_class():
+    sound = make_vitals([1] * 30 + [0], [0.2])
+    assert cautions(sound, sound) == []
+    poor = make_vitals([1] * 30 + [0], [0.2], objects=(0, 9), images_with=(0, 5))
+    said = cautions(poor, make_vitals([1] * 3, [0.2], objects=(4, 0)))
+    assert len(said) == 4
+    wanted = "cat: no training image", "dog: only 5 training", "dog: no validation", "3 validation"
+    assert all(words in text for text, words in zip(said, wanted))
+
+
+def test_the_suggested_command_is_one_that_trains(run, export, tmp_path, capsys):
+    describe_command([str(export), "--weights", str(run / "best.pth"), "--batch_size", "4"])
+    text = capsys.readouterr().out
+    assert "6 training and 6 validation images" in text and "red: only" in text
+    words = text.splitlines()[-1].split()
+    assert words[:3] == ["python", "-m", "detr_nb.train"]
+    train.main([*words[3:], *QUIET, "--output_dir", str(tmp_path)])
+    assert (tmp_path / "checkpoint.pth").exists()
+    assert "detr_resnet50 --num_queries 100" in describe(export, "detr_resnet50", 8)  # nothing is fetched
+
+
+def test_what_cannot_be_described_is_refused_in_one_message(tmp_path):
+    with pytest.raises(SystemExit, match="DataError: no such folder"):
+        describe_command([str(tmp_path / "nowhere")])
+
+
+@pytest.mark.parametrize("changes", [{}, {"pre_norm": True, "nheads": 4}, {"backbone": "resnet18", "dilation": False}])
+def test_a_model_s_flags_build_that_model(changes):
+    model = build_detr(3, **{"backbone": "small", "norm": "group", "hidden_dim": 32, "nheads": 2, "enc_layers": 1,
+                             "dec_layers": 2, "dim_feedforward": 48, "temperature": 20.0, **changes})  # fmt: skip
+    config = train.parse_config(["--coco_path", "x", "--no_pretrained", *model_flags(architecture(model))])
+    again = train.build_model(config, 3)
+    assert architecture(again) | {"num_queries": 100} == architecture(model)
