@@ -2,15 +2,15 @@
 
 # %% auto #0
 __all__ = ['logger', 'RELEASED_URL', 'RELEASED', 'HALVES', 'ENCODER', 'DECODER', 'TABLES', 'BLOCK', 'NAMES', 'RESNET', 'TIMM',
-           'DEPTHS', 'COCO_NAMES', 'CLASS_HEAD', 'CheckpointError', 'save_checkpoint', 'load_file', 'load_safetensors',
-           'cached', 'fetch_once', 'load_address', 'Contents', 'read_source', 'beside', 'split_contents', 'rename',
-           'reversed_table', 'modern_name', 'join_projections', 'split_projections', 'layout_of', 'our_name',
-           'our_tensors', 'count_blocks', 'read_backbone', 'read_architecture', 'complete', 'settings_of_ours', 'told',
-           'load_model', 'load_layout', 'from_released', 'from_transformers', 'architecture', 'check_writable',
-           'plain_tensors', 'to_released', 'released_name', 'to_transformers', 'class_names', 'Preprocessing',
-           'Detector', 'load_detector', 'load_checkpoint', 'settings_changed', 'named_model', 'detr_resnet50',
-           'detr_resnet50_dc5', 'detr_resnet101', 'detr_resnet101_dc5', 'Report', 'class_rows', 'take_queries',
-           'take_classes', 'finetune']
+           'DEPTHS', 'COCO_NAMES', 'CHECKPOINT', 'PREVIOUS', 'CLASS_HEAD', 'CheckpointError', 'save_checkpoint',
+           'load_file', 'load_safetensors', 'cached', 'fetch_once', 'load_address', 'Contents', 'read_source', 'beside',
+           'split_contents', 'rename', 'reversed_table', 'modern_name', 'join_projections', 'split_projections',
+           'layout_of', 'our_name', 'our_tensors', 'count_blocks', 'read_backbone', 'read_architecture', 'complete',
+           'settings_of_ours', 'told', 'load_model', 'load_layout', 'from_released', 'from_transformers',
+           'architecture', 'check_writable', 'plain_tensors', 'to_released', 'released_name', 'to_transformers',
+           'class_names', 'Preprocessing', 'Detector', 'load_detector', 'load_checkpoint', 'newest_checkpoint',
+           'settings_changed', 'named_model', 'detr_resnet50', 'detr_resnet50_dc5', 'detr_resnet101',
+           'detr_resnet101_dc5', 'Report', 'class_rows', 'take_queries', 'take_classes', 'finetune']
 
 # %% ../nbs/17_checkpoints.ipynb #a346202f
 import argparse
@@ -18,6 +18,7 @@ import inspect
 import json
 import os
 import re
+import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
@@ -43,17 +44,24 @@ class CheckpointError(ValueError):
 def save_checkpoint(
     path: str | Path,
     state: dict,  # tensors, numbers, strings, and lists and dictionaries of them
+    previous: str | Path | None = None,  # where the file that was there goes; None: it is replaced
 ) -> None:
-    "Write a checkpoint beside its place, flush, rename: a killed run leaves the old file or the new one."
+    "Write beside the place, flush, rename: a kill leaves the old file or the new one. Raises `CheckpointError`."
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch wraps what the disk says
+        part.unlink(missing_ok=True)
+        raise CheckpointError(f"{path} was not written, what was there before still is: {error}") from error
     if foreign := torch.serialization.get_unsafe_globals_in_checkpoint(part):
         part.unlink()
         raise TypeError(f"{path} was not written: it would hold {', '.join(foreign)}, which cannot be read back safely")
+    if previous is not None and path.exists():
+        path.replace(previous)
     part.replace(path)
 
 # %% ../nbs/17_checkpoints.ipynb #b7e4c9cf
@@ -69,6 +77,8 @@ def load_file(path: str | Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_safetensors(path)
+        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
+            raise CheckpointError(f"{path} is damaged: the bytes of its part {damaged} are not those that were written")
         with torch.serialization.safe_globals([argparse.Namespace]):  # the released training keeps its flags in one
             return torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
@@ -550,6 +560,27 @@ def load_checkpoint(path: str | Path) -> dict:
     if state.get("version") != 1:
         raise CheckpointError(f"{path} is of version {state.get('version')}, this code reads version 1: update detr_nb")
     return complete(state)
+
+# %% ../nbs/17_checkpoints.ipynb #a01e188a
+CHECKPOINT, PREVIOUS = "checkpoint.pth", "previous.pth"  # in the folder of a run
+
+
+def newest_checkpoint(folder: str | Path) -> Path | None:
+    "The newer checkpoint of a run that can be read; None where there was never one. Raises `CheckpointError`."
+    there = [path for name in (CHECKPOINT, PREVIOUS) if (path := Path(folder) / name).exists()]
+    troubles = []
+    for path in there:
+        try:
+            load_checkpoint(path)
+        except CheckpointError as error:
+            troubles.append(str(error))
+        else:
+            for trouble in troubles:
+                logger.warning("%s; going on from %s, which was saved before it", trouble, path.name)
+            return path
+    if troubles:
+        raise CheckpointError("no checkpoint of this run can be read, move them away to start anew: " + "; ".join(troubles))
+    return None
 
 # %% ../nbs/17_checkpoints.ipynb #9c9d16f6
 def settings_changed(
