@@ -579,7 +579,7 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
                 logger.warning("%s; going on from %s, which was saved before it", trouble, path.name)
             return path
     if troubles:
-        raise CheckpointError("no checkpoint of this run can be read, move them away to start anew: " + "; ".join(troubles))
+        raise CheckpointError(f"no checkpoint of this run can be read, move them away to start anew: {'; '.join(troubles)}")
     return None
 
 # %% ../nbs/17_checkpoints.ipynb #9c9d16f6
