@@ -579,7 +579,8 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
                 logger.warning("%s; going on from %s, which was saved before it", trouble, path.name)
             return path
     if troubles:
-        raise CheckpointError(f"no checkpoint of this run can be read, move them away to start anew: {'; '.join(troubles)}")
+        told = "; ".join(troubles)
+        raise CheckpointError(f"no checkpoint of this run can be read, move them away to start anew: {told}")
     return None
 
 # %% ../nbs/17_checkpoints.ipynb #9c9d16f6
