@@ -6,36 +6,44 @@
 __all__ = ['Launcher', 'logger', 'STARTS', 'GROUP', 'Number', 'Launch', 'read_int', 'from_torchrun', 'slurm_tasks',
            'expand_ranges', 'expand_node_list', 'slurm_port', 'slurm_tasks_on_host', 'from_slurm', 'read_launcher',
            'rank', 'world_size', 'is_main', 'RankZeroFilter', 'get_logger', 'open_store', 'call_the_roll', 'meet',
-           'Process', 'choose_device', 'to_environ', 'start', 'join_group', 'barrier', 'stop', 'stop_at_exit', 'like',
-           'reduce_sum', 'to_float', 'reduce_mean', 'gather_objects', 'start_child', 'run_task', 'wait_for', 'spawn',
-           'describe_process', 'gradient_share', 'git', 'code_version', 'share_of_cores', 'set_threads']
+           'Lifelines', 'write_and_exit', 'end_because_of', 'Watch', 'receive_lines', 'reach_rank_zero',
+           'address_towards', 'open_watch', 'Process', 'choose_device', 'to_environ', 'read_timeout', 'start',
+           'join_group', 'barrier', 'stop', 'stop_at_exit', 'fail_together', 'stage', 'like', 'reduce_sum', 'to_float',
+           'reduce_mean', 'gather_tensors', 'to_bytes', 'from_bytes', 'gather_objects', 'on_main', 'portable',
+           'start_child', 'run_task', 'wait_for', 'spawn', 'describe_process', 'gradient_share', 'git', 'code_version',
+           'share_of_cores', 'set_threads']
 
 # %% ../nbs/00_distributed.ipynb #a1251af8
 import atexit
+import contextlib
 import functools
 import importlib.metadata
 import io
 import logging
+import math
 import os
 import pickle
 import re
+import secrets
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
+from multiprocessing.connection import Client, Connection, Listener
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 # %% ../nbs/00_distributed.ipynb #d043f0ca
@@ -266,6 +274,145 @@ def meet(launch: Launch, timeout_s: float) -> dist.Store:
     call_the_roll(store, launch, timeout_s)
     return store
 
+# %% ../nbs/00_distributed.ipynb #77d888f7
+class Lifelines:
+    "Lines from rank 0 to all others, open as long as both ends live; the first word on one, or its end, is heard."
+
+    def __init__(self, hear: Callable[[str, int], None]):  # called with "failed", "died" or "left", and who
+        self.hear = hear
+        self.lines: dict[int, Connection] = {}  # by the rank at the other end: of all on rank 0, of rank 0 elsewhere
+        os.register_at_fork(after_in_child=self.close)  # or a loader's worker would keep its dead parent's line open
+
+    def hold(self, other: int, line: Connection) -> None:
+        "Keep a line, and listen on it."
+        self.lines[other] = line
+        threading.Thread(target=self.listen, args=(other, line), daemon=True).start()
+
+    def listen(self, other: int, line: Connection) -> None:
+        "Wait for the one thing that is ever said on a line, or for its end."
+        try:
+            how, who = line.recv_bytes(100).decode().split()
+        except (OSError, EOFError):
+            how, who = "died", other
+        self.hear(how, int(who))
+
+    def say(self, how: str, who: int) -> None:
+        "Say it on all lines that are still open."
+        for line in list(self.lines.values()):
+            with contextlib.suppress(OSError):
+                line.send_bytes(f"{how} {who}".encode())
+
+    def close(self) -> None:
+        "Let go of all lines, without a word."
+        for line in self.lines.values():
+            line.close()
+
+# %% ../nbs/00_distributed.ipynb #6de5cbe5
+def write_and_exit(message: str) -> None:
+    "Write to the error output and end this process at once, without asking any other thread."
+    sys.stdout.flush()
+    sys.stderr.write(f"\n{message.rstrip()}\n")
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def end_because_of(culprit: tuple[str, int], launch: Launch) -> None:
+    "Say in one line who failed or died, and end."
+    time.sleep(1.0)  # who failed speaks first
+    how, who = culprit
+    silent = "ended without a word: see its output; if there is no error in it, it was killed (out of memory?)"
+    why = "failed, see above" if how == "failed" else silent
+    write_and_exit(f"rank {launch.rank} of {launch.world_size} ends, because rank {who} {why}")
+
+# %% ../nbs/00_distributed.ipynb #3a9d83fe
+class Watch:
+    "Ends this process when another has failed, and lets the one who failed first say why."
+
+    def __init__(self, launch: Launch):
+        self.launch, self.lifelines = launch, Lifelines(self.judge)
+        self.lock, self.known, self.leaving = threading.Lock(), threading.Event(), False
+        self.culprit: tuple[str, int] | None = None  # "failed" or "died", and who
+
+    def judge(self, how: str, who: int) -> None:
+        "The first bad news counts, and rank 0 passes it on; it ends this process unless that is the one who failed."
+        if how == "left" or self.leaving:
+            return
+        with self.lock:
+            if self.culprit is None:
+                self.culprit = how, who
+                if self.launch.rank == 0:
+                    self.lifelines.say(how, who)
+        self.known.set()
+        if self.culprit != ("failed", self.launch.rank):
+            end_because_of(self.culprit, self.launch)
+
+    def fail(self, story: str) -> None:  # never returns
+        "Tell the others that this process failed, show why unless somebody failed before, and end."
+        time.sleep(0.5)  # an error may be the echo of another's end, of which a line then tells
+        own, world_size = self.launch.rank, self.launch.world_size
+        if own == 0:
+            self.judge("failed", 0)
+        else:
+            self.lifelines.say("failed", own)
+            self.known.wait(5.0)
+        if self.culprit in (None, ("failed", own)):
+            write_and_exit(f"rank {own} of {world_size} on {socket.gethostname()} failed:\n{story}")
+        end_because_of(self.culprit, self.launch)
+
+    def leave(self) -> None:
+        "Say goodbye: from now on nobody's end concerns this process, and its own concerns nobody."
+        self.leaving = True
+        self.lifelines.say("left", self.launch.rank)
+
+# %% ../nbs/00_distributed.ipynb #32dcc117
+def receive_lines(watch: Watch, listener: Listener, password: str) -> None:
+    "Rank 0's thread: take in one line from each of the others; whoever does not know the password is sent away."
+    with listener:
+        while len(watch.lifelines.lines) < watch.launch.world_size - 1:
+            with contextlib.suppress(OSError, EOFError, ValueError):
+                line = listener.accept()
+                word, number = line.recv_bytes(100).decode().split() if line.poll(10.0) else ("", "")
+                if word == password:
+                    line.send_bytes(b"welcome")
+                    watch.lifelines.hold(int(number), line)
+
+
+def reach_rank_zero(watch: Watch, password: str, port: int, hosts: list[str]) -> None:
+    "The others' thread: open the line to rank 0 at the first of these addresses where it answers."
+    for host in hosts:
+        with contextlib.suppress(OSError, EOFError):
+            line = Client((host, port))
+            line.send_bytes(f"{password} {watch.launch.rank}".encode())
+            if line.poll(10.0) and line.recv_bytes(100) == b"welcome":
+                return watch.lifelines.hold(0, line)
+    told = {"every_rank": True}
+    logger.warning(f"rank {watch.launch.rank} has no line to rank 0 ({hosts}): if one fails, it will wait", extra=told)
+
+# %% ../nbs/00_distributed.ipynb #cd1034cf
+def address_towards(host: str, port: int) -> str:
+    "The address that this host bears in the network where the other one is; the other's own where there is none."
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, port))  # sends nothing
+            return probe.getsockname()[0]
+    except OSError:
+        return host
+
+
+def open_watch(store: dist.Store, launch: Launch) -> Watch:
+    "Begin to hold lines between rank 0 and all others; called by all."
+    watch = Watch(launch)
+    if launch.rank == 0:
+        listener, password = Listener(("", 0), backlog=launch.world_size), secrets.token_hex(16)
+        hosts = [address_towards(launch.master_address, launch.master_port), launch.master_address]
+        store.set("lines", " ".join([password, str(listener.address[1]), *hosts]))
+        work, details = receive_lines, (watch, listener, password)
+    else:
+        password, port, *hosts = store.get("lines").decode().split()
+        work, details = reach_rank_zero, (watch, password, int(port), hosts)
+    threading.Thread(target=work, args=details, daemon=True).start()
+    return watch
+
 # %% ../nbs/00_distributed.ipynb #66a460cd
 @dataclass(frozen=True)
 class Process:
@@ -310,12 +457,24 @@ def to_environ(launch: Launch) -> dict[str, str]:
     }
 
 # %% ../nbs/00_distributed.ipynb #181f1b30
-GROUP: dict[str, Any] = {}  # once started: "process", and in "written" the variables that we added to the environment
+def read_timeout(environ: Mapping[str, str]) -> float:  # seconds
+    "How long to wait for the others: `DETR_NB_TIMEOUT_S`, or half an hour; raises `ValueError` where that is no time."
+    text = environ.get("DETR_NB_TIMEOUT_S", "1800")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"DETR_NB_TIMEOUT_S is {text!r}: give the seconds to wait for the other processes, as in 600")
+    return seconds
+
+# %% ../nbs/00_distributed.ipynb #bc18b93d
+GROUP: dict[str, Any] = {}  # once started: process, store, watch, calls; and the variables written to the environment
 
 
 def start(
     device: str = "auto",  # "auto", "cpu" or "cuda"
-    timeout_s: float = 1800.0,  # for the others to arrive, and for each collective
+    timeout_s: float | None = None,  # for the others to arrive and for each collective; None: `read_timeout`
 ) -> Process:
     "Join the other processes, wherever they were started from; called twice it does nothing the second time."
     if GROUP and dist.is_initialized():
@@ -328,16 +487,18 @@ def start(
     if where.type == "cuda":
         torch.cuda.set_device(where)
     if launch.world_size > 1 and not dist.is_initialized():
+        timeout_s = read_timeout(os.environ) if timeout_s is None else timeout_s
         join_group(launch, "nccl" if where.type == "cuda" else "gloo", timeout_s)
         GROUP["process"] = process
     return process
 
-# %% ../nbs/00_distributed.ipynb #bc18b93d
+# %% ../nbs/00_distributed.ipynb #7b8dfd5f
 def join_group(launch: Launch, backend: str, timeout_s: float) -> None:
     "Meet the others and form the group, with torchrun's variables in the environment for whoever looks there."
     GROUP["written"] = to_environ(launch).keys() - os.environ.keys()
     os.environ.update(to_environ(launch))
     store, timeout = meet(launch, timeout_s), timedelta(seconds=timeout_s)
+    GROUP.update(store=store, watch=open_watch(store, launch), calls=count())
     dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
     atexit.register(stop_at_exit)
 
@@ -350,6 +511,8 @@ def barrier() -> None:
 
 def stop() -> None:
     "Leave the group of processes, where there is one, and take our variables out of the environment again."
+    if "watch" in GROUP:
+        GROUP["watch"].leave()
     if dist.is_initialized():
         dist.destroy_process_group()
     for name in GROUP.pop("written", ()):
@@ -361,6 +524,36 @@ def stop_at_exit() -> None:
     "Stop, unless an error ends the program: then the others may be gone, and waiting for them would hide it."
     if not hasattr(sys, "last_value"):
         stop()
+
+# %% ../nbs/00_distributed.ipynb #e32e9ca3
+@contextlib.contextmanager
+def fail_together() -> Iterator[None]:
+    "What fails inside on one rank ends all ranks within seconds, and is shown once; an exit by number passes."
+    try:
+        yield
+    except BaseException as error:
+        planned = isinstance(error, SystemExit) and not isinstance(error.code, str)
+        if planned or "watch" not in GROUP:  # alone, an error takes its usual way
+            raise
+        GROUP["watch"].fail(str(error) if isinstance(error, SystemExit) else traceback.format_exc())
+
+# %% ../nbs/00_distributed.ipynb #8f0e1413
+@contextlib.contextmanager
+def stage(
+    name: str,
+    patience_s: float = 60.0,  # after which every process that is still at it says so, once
+) -> Iterator[None]:
+    "Log on rank 0 how long a part of the start took."
+    message = f"rank {rank()} on {socket.gethostname()} is still at it after {patience_s:g} s: {name}"
+    reminder = threading.Timer(patience_s, logger.warning, (message,), {"extra": {"every_rank": True}})
+    reminder.daemon = True
+    reminder.start()
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        reminder.cancel()
+    logger.info("%s: %.1f s", name, time.perf_counter() - began)
 
 # %% ../nbs/00_distributed.ipynb #d00868ff
 Number = int | float | Tensor
@@ -405,15 +598,75 @@ def reduce_mean(x: Number | dict[str, Number]) -> Any:
     return {key: value / world_size() for key, value in sums.items()}
 
 # %% ../nbs/00_distributed.ipynb #2225e8c4
+def gather_tensors(x: Shaped[Tensor, "N ..."]) -> list[Shaped[Tensor, "M ..."]]:
+    "The tensors of all processes on each of them, in order of rank, on the CPU; only the first size may differ."
+    if world_size() == 1:
+        return [x.cpu()]
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    sizes = torch.tensor([len(x), math.prod(x.shape[1:]), x.element_size()], device=device)
+    all_sizes = [torch.empty_like(sizes) for _ in range(world_size())]
+    dist.all_gather(all_sizes, sizes)
+    lengths, *rows = torch.stack(all_sizes).T.tolist()
+    if any(len(set(row)) > 1 for row in rows):
+        raise ValueError(f"the processes hold rows of {rows[0]} numbers of {rows[1]} bytes, by rank: they must be equal")
+    padded = torch.zeros(max(lengths), *x.shape[1:], dtype=x.dtype, device=device)
+    padded[: len(x)] = x
+    gathered = [torch.empty_like(padded) for _ in lengths]
+    if max(lengths):
+        dist.all_gather(gathered, padded)
+    return [part[:length].cpu() for part, length in zip(gathered, lengths)]
+
+# %% ../nbs/00_distributed.ipynb #7db1cf2d
+def to_bytes(obj: Any) -> bytes:
+    "Any object, pickled; its tensors by torch's own way."
+    buffer = io.BytesIO()
+    torch.save(obj, buffer)
+    return buffer.getvalue()
+
+
+def from_bytes(data: bytes) -> Any:
+    "What `to_bytes` has packed, tensors on the CPU; only for what our own processes sent."
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
+
+
 def gather_objects(obj: Any) -> list[Any]:
     "The objects of all processes, in order of rank, on every process; their tensors arrive on the CPU."
     if world_size() == 1:
         return [obj]
-    buffer = io.BytesIO()
-    torch.save(obj, buffer)
     packed: list[Any] = [None] * world_size()
-    dist.all_gather_object(packed, buffer.getvalue())
-    return [torch.load(io.BytesIO(data), map_location="cpu", weights_only=False) for data in packed]
+    dist.all_gather_object(packed, to_bytes(obj))
+    return [from_bytes(data) for data in packed]
+
+# %% ../nbs/00_distributed.ipynb #54404f1a
+def on_main(function: Callable[[], Any]) -> Any:
+    "Run a function on rank 0 while the others wait, however long it takes; all get its result, or the error it raised."
+    if world_size() == 1:
+        return function()
+    store, key, outcome = GROUP["store"], f"on_main/{next(GROUP['calls'])}", None
+    if is_main():
+        try:
+            outcome = function()
+        except Exception as error:
+            outcome = error
+        store.set(key, to_bytes(portable(outcome)))
+    else:
+        while not store.check([key]):
+            time.sleep(0.05)
+        outcome = from_bytes(store.get(key))
+    barrier()  # rank 0 keeps the store: it must not end before all have read
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def portable(outcome: Any) -> Any:
+    "The same, but an error that cannot be pickled becomes one that can."
+    if isinstance(outcome, Exception):
+        try:
+            from_bytes(to_bytes(outcome))
+        except Exception:
+            return RuntimeError(f"{type(outcome).__name__}: {outcome}")
+    return outcome
 
 # %% ../nbs/00_distributed.ipynb #0796c083
 def start_child(folder: str, own_rank: int, num_processes: int, port: int) -> subprocess.Popen:
@@ -494,8 +747,15 @@ def describe_process(process: Process) -> dict[str, Any]:
         f"on the {process.device}, backend {dist.get_backend()}\n  I hold  {mine}\n  we hold {together}\n"
     )
     get_logger("detr_nb.demonstration").info("only rank 0 says this")
-    everybody = gather_objects(f"rank {process.rank} with {process.rank + 1} detections")
-    return {"mine": mine, "together": together, "mean": reduce_mean(mine), "everybody": everybody}
+    rows = torch.full((process.rank + 1, 2), float(process.rank))  # one row on rank 0, two on rank 1
+    return {
+        "mine": mine,
+        "together": together,
+        "mean": reduce_mean(mine),
+        "everybody": gather_objects(f"rank {process.rank} with {process.rank + 1} detections"),
+        "rows": gather_tensors(rows),
+        "told": on_main(lambda: f"rank {rank()} says so"),
+    }
 
 # %% ../nbs/00_distributed.ipynb #a525a8f1
 def gradient_share(
