@@ -22,6 +22,11 @@ class Predictions(NamedTuple):
     "What every query answers after every decoder layer; the last layer is the answer."
     logits: Float[Tensor, "L B Q C+1"]  # the last index is no-object
     boxes: Float[Tensor, "L B Q 4"]  # cxcywh, as shares of the image's width and height
+    masks: Float[Tensor, "B Q h w"] | None = None  # logits of the last layer, coarse; None without a mask head
+
+    def last_layer(self) -> "Predictions":
+        "The answer alone, still with a layer dimension: what is learned from without auxiliary losses."
+        return self._replace(logits=self.logits[-1:], boxes=self.boxes[-1:])
 
 # %% ../nbs/11_detr.ipynb #cb8a1519
 class MLP(nn.Module):
@@ -87,6 +92,16 @@ class DETR(nn.Module):
         "Guesses per image."
         return self.query_embed.num_embeddings
 
+    def attend(
+        self,
+        projected: Float[Tensor, "B D h w"],  # the backbone's last map, by `input_proj` at the transformer's width
+        padding: Bool[Tensor, "B h w"] | None = None,  # True on padded cells
+    ) -> tuple[Float[Tensor, "L B Q D"], Float[Tensor, "B S D"]]:  # the decoder's and the encoder's output
+        "The transformer: cells as tokens, with their places, read by the queries."
+        tokens, positions = projected.flatten(2).transpose(1, 2), self.position_encoding(projected, padding)
+        cells = None if padding is None else padding.flatten(1)
+        return self.transformer(tokens, positions, self.query_embed.weight, cells)
+
     def decode(
         self,
         images: Float[Tensor, "B 3 H W"],  # normalised
@@ -94,11 +109,7 @@ class DETR(nn.Module):
     ) -> tuple[Float[Tensor, "L B Q D"], Float[Tensor, "B S D"], Features]:  # decoder's and encoder's output, features
         "All but the heads."
         features = self.backbone(images, padding)
-        last, padding = features.maps[-1], features.padding
-        tokens = self.input_proj(last).flatten(2).transpose(1, 2)
-        positions = self.position_encoding(last, padding)
-        cells = None if padding is None else padding.flatten(1)
-        decoded, memory = self.transformer(tokens, positions, self.query_embed.weight, cells)
+        decoded, memory = self.attend(self.input_proj(features.maps[-1]), features.padding)
         return decoded, memory, features
 
     def answer(self, decoded: Float[Tensor, "L B Q D"]) -> Predictions:

