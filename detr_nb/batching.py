@@ -2,9 +2,10 @@
 
 # %% auto #0
 __all__ = ['pad_images', 'Targets', 'pack_masks', 'pack_targets', 'Batch', 'one_thread', 'collate', 'epoch_rng', 'group_alike',
-           'process_share', 'EpochSampler', 'make_loader', 'CachedDataset']
+           'process_share', 'EpochSampler', 'start_worker', 'make_loader', 'CachedDataset']
 
 # %% ../nbs/07_batching.ipynb #ae8def9f
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -221,6 +222,13 @@ class EpochSampler(Sampler):
         return max(0, full + last - self.start_batch)
 
 # %% ../nbs/07_batching.ipynb #0d3668f5
+def start_worker(worker_id: int) -> None:
+    "For `DataLoader(worker_init_fn=...)`: seed the worker, and let it outlive for 10 s a signal that ends the job."
+    seed_worker(worker_id)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(10))  # the alarm's signal ends it
+
+# %% ../nbs/07_batching.ipynb #f6e41763
 def make_loader(
     dataset,  # maps (epoch, index) to a Sample
     batch_size: int,  # of one process
@@ -243,7 +251,7 @@ def make_loader(
         batch_sampler=sampler,
         num_workers=num_workers,
         collate_fn=partial(collate, pad_multiple=pad_multiple),
-        worker_init_fn=seed_worker,
+        worker_init_fn=start_worker,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
         generator=torch.Generator().manual_seed(seed + rank),  # the loader leaves the global generator alone

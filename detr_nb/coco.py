@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['POLYGONS', 'SPLIT_NAMES', 'Sample', 'DataError', 'DataWarning', 'named', 'Categories', 'starts', 'PackedBytes',
            'ImageColumns', 'ObjectColumns', 'CocoIndex', 'without_garbage_collection', 'parse', 'read_annotations',
-           'section', 'integers', 'require_unique', 'find_heading', 'read_categories', 'repeated', 'read_image_columns',
+           'section', 'integers', 'require_unique', 'repeated', 'find_heading', 'read_categories', 'read_image_columns',
            'is_box', 'read_boxes', 'clip_to_image', 'find_bad_boxes', 'warn_about_boxes', 'keep_sound', 'rows_of',
            'read_annotation_ids', 'read_crowd', 'runs_of', 'check_runs', 'sound_polygons', 'to_run_length',
            'has_outline', 'listed_areas', 'fill_areas', 'read_outlines', 'read_objects', 'read_index',
            'decode_with_pil', 'read_image', 'wrong_size', 'decode_outlines', 'read_sample', 'missing_files',
            'require_files', 'annotations_of', 'to_pycocotools', 'CocoDataset', 'annotation_files', 'find_split',
-           'open_coco']
+           'open_coco', 'Finding', 'index_findings', 'quick_check']
 
 # %% ../nbs/05_coco.ipynb #ba3f9906
 import gc
@@ -22,12 +22,13 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, redirect_stdout
 from copy import copy
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from runpy import run_module
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -237,6 +238,12 @@ def require_unique(ids: np.ndarray, name: str, path: Path) -> None:
         )
 
 # %% ../nbs/05_coco.ipynb #602cd363
+def repeated(values: Sequence[str]) -> list[str]:
+    "Each value that occurs more than once, once, in order."
+    seen: set[str] = set()
+    return list(dict.fromkeys(value for value in values if value in seen or seen.add(value)))
+
+
 def find_heading(categories: list[dict], annotations: list[dict]) -> dict | None:
     "The category that all others name as their supercategory and that no annotation uses; None when there is none."
     groups = Counter(str(entry.get("supercategory")) for entry in categories)
@@ -258,16 +265,13 @@ def read_categories(content: dict, path: Path) -> Categories:
         warnings.warn(f"{path}: left out category {heading['id']} ({heading.get('name')}): it is the group of all "
                       f"others and no annotation uses it. Classes: {len(entries)}", DataWarning, stacklevel=2)
     entries = sorted(entries, key=operator.itemgetter("id"))
-    names = tuple(str(entry.get("name", entry["id"])) for entry in entries)
+    names = tuple(str(entry["id"] if entry.get("name") is None else entry["name"]) for entry in entries)
+    if twice := repeated(names):
+        warnings.warn(f"{path}: {len(twice)} category names stand for several ids: {named(twice)}. Each id is a class of "
+                      "its own; if they are meant as one, give them one id", DataWarning, stacklevel=2)
     return Categories(names, tuple(entry["id"] for entry in entries))
 
 # %% ../nbs/05_coco.ipynb #720ec0bf
-def repeated(values: list[str]) -> list[str]:
-    "Each value that occurs more than once, once, in order."
-    seen: set[str] = set()
-    return list(dict.fromkeys(value for value in values if value in seen or seen.add(value)))
-
-
 def read_image_columns(content: dict, path: Path) -> ImageColumns:
     "Ids, sizes and file names of the images; raises DataError naming the image that lacks one."
     entries = section(content, "images", path)
@@ -457,9 +461,15 @@ def listed_areas(entries: list[dict]) -> np.ndarray:
     return np.array([value if good else math.nan for value, good in zip(values, sound)], dtype=np.float64)
 
 
-def fill_areas(areas: np.ndarray, entries: list[dict], boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    "The areas, and where there is none that of the outline, or of the box when there is no usable outline."
+def fill_areas(
+    areas: np.ndarray, entries: list[dict], boxes: np.ndarray, sizes: np.ndarray, ids: np.ndarray, path: Path
+) -> np.ndarray:
+    "The areas, and where there is none that of the outline, or of the box; warns of what stands there and is none."
     areas = areas.copy()
+    wrong = [i for i in np.flatnonzero(np.isnan(areas)).tolist() if entries[i].get("area") is not None]
+    if wrong:
+        warnings.warn(f"{path}: replaced {len(wrong)} of {len(ids)} areas that are no area, by that of the outline or the "
+                      f"box (annotation ids {named(ids[wrong])})", DataWarning, stacklevel=2)
     for i in np.flatnonzero(np.isnan(areas)).tolist():
         outline, (height, width) = entries[i].get("segmentation"), sizes[i].tolist()
         drawn = has_outline(outline, height, width)
@@ -495,7 +505,7 @@ def read_objects(
     boxes, sizes = read_boxes(entries, ids, path), images.sizes.numpy()[rows]
     keep = keep_sound(boxes, sizes, crowd, ids, path)
     outlines = read_outlines(entries, sizes, keep, ids, path) if with_masks else None
-    areas = fill_areas(listed_areas(entries), entries, boxes, sizes)
+    areas = fill_areas(listed_areas(entries), entries, boxes, sizes, ids, path)
     order = np.flatnonzero(keep)
     order = order[np.argsort(rows[order], kind="stable")]
     columns = [torch.from_numpy(column[order]) for column in (ids, labels, boxes, areas, crowd)]
@@ -666,12 +676,14 @@ class CocoDataset(Dataset):
         transform: Callable[[Sample, np.random.Generator], Sample] | None = None,
         seed: int = 0,  # of the transform's random numbers
         with_masks: bool = False,  # also decode the outlines
+        require_images: bool = True,  # False: do not look whether the images are there
     ):
         "Read and check the annotation file, and that the images are there; raises DataError."
         self.folder, self.annotations = Path(images).expanduser(), Path(annotations).expanduser()
         self.transform, self.seed, self.with_masks = transform, seed, with_masks
         self.index = read_index(self.annotations, with_masks)
-        require_files(self.folder, self.index.images, self.annotations)
+        if require_images:
+            require_files(self.folder, self.index.images, self.annotations)
         self.rows = torch.arange(len(self.index.images.ids))
 
     def __len__(self) -> int:
@@ -715,6 +727,15 @@ class CocoDataset(Dataset):
         objects = self.index.objects
         real = starts((~objects.crowd).long())
         return (real[objects.offsets[1:]] - real[objects.offsets[:-1]])[self.rows]
+
+    @property
+    def class_counts(self) -> Int64[Tensor, "K"]:
+        "Objects of each class, crowds left out."
+        objects = self.index.objects
+        times = torch.bincount(self.rows, minlength=len(self.index.images.ids))  # a subset may repeat an image
+        weights = times.repeat_interleave(objects.offsets.diff()) * ~objects.crowd
+        counts = torch.zeros(self.categories.num_classes, dtype=torch.int64)
+        return counts.index_add_(0, objects.labels, weights)
 
 # %% ../nbs/05_coco.ipynb #141e57e6
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation")}  # in the names of files and folders
@@ -765,3 +786,37 @@ def open_coco(
     "A split of a data set in one of the layouts that `find_split` knows; raises DataError."
     annotations, images = find_split(root, split)
     return CocoDataset(images, annotations, **settings)
+
+# %% ../nbs/05_coco.ipynb #6792741a
+class Finding(NamedTuple):
+    "One thing that a look at a data set brought up."
+    severity: str  # "stop": training is not safe; "warning": look at it first; "note": good to know
+    text: str
+
+
+def index_findings(dataset: CocoDataset, num_queries: int) -> list[Finding]:
+    "What the index alone tells: images with more objects than queries, images without any, classes without any."
+    counts, ids, found = dataset.object_counts, dataset.image_ids, []
+    total, crowded, empty = len(counts), counts > num_queries, counts == 0
+    if crowded.any():
+        found.append(Finding("warning", f"{crowded.sum()} of {total} images have more objects than the model has "
+                             f"queries, up to {counts.max()} (image ids {named(ids[crowded].tolist())}): what is beyond "
+                             f"{num_queries} teaches nothing; raise --num_queries"))
+    if empty.any():
+        found.append(Finding("warning" if empty.sum() > total / 2 else "note", f"{empty.sum()} of {total} images have "
+                             f"no object (image ids {named(ids[empty].tolist())})"))
+    absent = [name for name, count in zip(dataset.categories.names, dataset.class_counts.tolist()) if not count]
+    if absent:
+        found.append(Finding("warning", f"{len(absent)} of {dataset.categories.num_classes} classes have no object: "
+                             f"{named(absent)}. They can be neither learned nor scored"))
+    return found
+
+
+def quick_check(dataset: CocoDataset, num_queries: int) -> list[str]:
+    "Warnings to read before training, one a line, from the index alone; the launcher's part of `detr_nb.coco check`."
+    return [f"{dataset.annotations}: {text}" for severity, text in index_findings(dataset, num_queries)
+            if severity != "note"]
+
+# %% ../nbs/05_coco.ipynb #55976351
+if __name__ == "__main__" and __package__ == "detr_nb":  # python -m detr_nb.coco; never from the notebook
+    run_module("detr_nb.coco_tools", run_name="__main__", alter_sys=True)

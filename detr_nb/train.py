@@ -10,9 +10,9 @@ __all__ = ['logger', 'LAPTOP', 'LOGS', 'REQUEUE', 'SIGNALS', 'RunSettings', 'Lea
            'memory_mb', 'train_one_epoch', 'log_step', 'first_non_finite', 'watch_outputs', 'report_non_finite',
            'cell_labels', 'CellClassifier', 'build_classifier', 'backbone_config', 'train_backbone',
            'average_gradients', 'save', 'run_state', 'images_per_batch', 'save_or_warn', 'resume', 'go_on',
-           'load_optimizer', 'restore_process', 'mean_of', 'find_place', 'cut_off', 'listen', 'end_if_asked', 'prepare',
-           'build_accelerator', 'build_loaders', 'in_memory', 'evaluate_run', 'finish_epoch', 'log_epoch', 'draw_run',
-           'fit', 'train_or_evaluate', 'main']
+           'load_optimizer', 'restore_process', 'mean_of', 'find_place', 'cut_off', 'listen', 'note', 'end_if_asked',
+           'prepare', 'build_accelerator', 'build_loaders', 'in_memory', 'evaluate_run', 'finish_epoch', 'log_epoch',
+           'draw_run', 'fit', 'train_or_evaluate', 'main']
 
 # %% ../nbs/18_train.ipynb #b0293fae
 import argparse
@@ -680,9 +680,10 @@ def first_non_finite(run: Run, batch: Batch) -> str | None:
             return f"the parameter {name}, before this step"
     if not batch.images.isfinite().all():
         return "the images"
-    losses = {}
+    losses, counts = {}, batch.targets.counts
+    divisors = run.criterion.normalizers(counts, run.config.num_queries)  # of this process alone: others may not be here
     with watch_outputs(run.detr) as bad, suppress(FloatingPointError):  # which the matcher raises
-        losses = batch_losses(run.detr, run.criterion, run.accelerator, batch, None, run.config.aux_loss)
+        losses = batch_losses(run.detr, run.criterion, run.accelerator, batch, divisors, run.config.aux_loss)
     if bad or not losses:
         return f"the output of {bad[0]}" if bad else "the costs of matching"
     if names := [name for name, value in losses.items() if not value.isfinite()]:
@@ -732,10 +733,10 @@ def report_non_finite(
     path = run.folder / f"not_finite-{run.process.rank}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
     return FloatingPointError(
-        f"{error} in epoch {run.epoch}, step {run.step}; the first that is not finite: {culprit}; image ids "
-        f"{report['image_ids']}; learning rates {rates}; last losses "
-        f"{[round(loss, 4) for loss in report['last_losses'][-5:]]}; more in {path}. Look at these images, lower --lr, "
-        "use --mixed_precision no, or --detect_anomaly to see the operation"
+        f"{error} (epoch {run.epoch}, step {run.step}, image ids {report['image_ids']}). The first that is not finite: "
+        f"{culprit}. Learning rates {rates}, last losses {[round(loss, 4) for loss in report['last_losses'][-5:]]}; "
+        f"more in {path}. Look at these images, lower --lr, use --mixed_precision no, or --detect_anomaly to see the "
+        "operation"
     )
 
 # %% ../nbs/18_train.ipynb #ce864196
@@ -955,7 +956,13 @@ SIGNALS: list[int] = []  # those that came
 def listen() -> None:
     "From now on note SIGTERM and SIGUSR1 instead of dying of them."
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: SIGNALS.append(number))
+        signal.signal(number, note)
+
+
+def note(number: int, frame: object) -> None:
+    "Remember the signal; the loader's processes may have got it too, and their end is no error any more."
+    SIGNALS.append(number)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def end_if_asked(run: Run) -> None:
