@@ -1,0 +1,447 @@
+"""How a run starts and how it ends: the shipped configurations, the script for SLURM, and processes that fall."""
+
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin, prepare_multi_gpu_env
+from PIL import Image
+from test_distributed import clean_environ, open_process, slurm_environ
+
+from detr_nb.detr import build_detr
+from detr_nb.distributed import Process, gather_tensors, on_main, read_timeout, spawn
+
+ROOT = Path(__file__).resolve().parent.parent
+ACCELERATE = ROOT / "configs/accelerate"
+LAUNCH = ("-m", "accelerate.commands.launch", "--config_file")
+JOB = os.getpid() * 10  # SLURM's job numbers, from which the port is made; each test its own
+
+WHO = """
+import json, os
+from detr_nb.distributed import gather_objects, start, stop
+process = start("auto")
+everybody = gather_objects([process.rank, process.local_rank, process.launcher])
+stop()
+if process.is_main:
+    os.write(1, (json.dumps(everybody) + chr(10)).encode())
+"""
+
+
+# --- configurations
+
+
+def read_config(name: str) -> ClusterConfig:
+    "A shipped configuration, read by accelerate; an unknown key in it is an error there."
+    return load_config_from_file(str(ACCELERATE / f"{name}.yaml"))
+
+
+def launch_arguments(*arguments: str) -> Namespace:
+    "What `accelerate launch` makes of a command line."
+    return _validate_launch_command(launch_command_parser().parse_args([*arguments, "train.py"]))[0]
+
+
+def test_there_is_a_configuration_for_each_way_to_train():
+    names = {path.stem for path in ACCELERATE.iterdir()}
+    assert names == {"one_cpu", "two_cpu", "one_gpu", "eight_gpus", "several_nodes", "fsdp"}
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "machines", "cpu", "group"),
+    [
+        ("one_cpu", 1, 1, True, False),
+        ("two_cpu", 2, 1, True, True),
+        ("one_gpu", 1, 1, False, False),
+        ("eight_gpus", 8, 1, False, True),
+        ("several_nodes", 16, 2, False, True),
+    ],
+)
+def test_accelerate_reads_a_configuration_as_meant(name, processes, machines, cpu, group):
+    config = read_config(name)
+    assert (config.num_processes, config.num_machines, config.use_cpu) == (processes, machines, cpu)
+    arguments = launch_arguments("--config_file", str(ACCELERATE / f"{name}.yaml"))
+    assert (arguments.num_processes, arguments.num_machines, arguments.multi_gpu) == (processes, machines, group)
+    assert arguments.mixed_precision == "no", "--mixed_precision of the program decides"
+    assert bool(arguments.use_cpu) == cpu
+
+
+def test_fsdp_wraps_the_layers_of_our_transformer(monkeypatch):
+    arguments = launch_arguments("--config_file", str(ACCELERATE / "fsdp.yaml"))
+    assert arguments.use_fsdp and arguments.num_processes == 8
+    for name, value in prepare_multi_gpu_env(arguments).items():
+        if "FSDP" in name:
+            monkeypatch.setenv(name, value)
+    plugin = FullyShardedDataParallelPlugin()
+    sizes = dict(hidden_dim=16, nheads=2, enc_layers=2, dec_layers=3, dim_feedforward=16, num_queries=5)
+    detr = build_detr(3, backbone="small", norm="group", pretrained=False, **sizes)
+    plugin.set_auto_wrap_policy(detr)  # an unknown class name is an error
+    wraps = plugin.auto_wrap_policy.keywords["transformer_layer_cls"]
+    assert sum(isinstance(module, tuple(wraps)) for module in detr.modules()) == 2 + 3
+    assert plugin.fsdp_version == 2 and "FULL" in str(plugin.state_dict_type)
+
+
+@pytest.mark.parametrize(("name", "processes"), [("one_cpu", 1), ("two_cpu", 2)])
+def test_the_configurations_for_cpus_start_as_many_processes_as_they_say(name, processes, tmp_path):
+    (tmp_path / "who.py").write_text(WHO)
+    process = open_process(clean_environ(), *LAUNCH, str(ACCELERATE / f"{name}.yaml"), str(tmp_path / "who.py"))
+    output, errors = process.communicate(timeout=120)
+    launcher = "torchrun" if processes > 1 else "alone"
+    assert json.loads(output) == [[rank, rank, launcher] for rank in range(processes)], errors
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_the_configuration_for_several_nodes_joins_two_machines(tmp_path):
+    "Both are this one, with one process each, on the CPU."
+    (tmp_path / "who.py").write_text(WHO)
+    place = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
+    command = [*LAUNCH, str(ACCELERATE / "several_nodes.yaml"), *place, "--num_processes", "2"]
+    environ = clean_environ(ACCELERATE_USE_CPU="true")
+    nodes = [
+        open_process(environ, *command, "--machine_rank", str(node), str(tmp_path / "who.py")) for node in range(2)
+    ]
+    outputs = [node.communicate(timeout=120) for node in nodes]
+    assert json.loads(outputs[0][0]) == [[0, 0, "torchrun"], [1, 0, "torchrun"]], outputs
+
+
+# --- the script for SLURM
+
+FAKES = {
+    "scontrol": 'echo "scontrol $*" >> "$CALLS"',
+    "srun": """
+echo "srun $*" >> "$CALLS"
+trap 'echo "task got USR1" >> "$CALLS"; exit 75' USR1
+trap 'echo "task got TERM" >> "$CALLS"; exit 75' TERM
+echo up > "$UP"
+[ "$CODE" = wait ] || exit "$CODE"
+for _ in $(seq 300); do sleep 0.1; done
+""",
+}
+
+
+class Slurm:
+    "A cluster of one machine: the script, with an srun and a scontrol that only write down how they were called."
+
+    def __init__(self, folder: Path):
+        self.folder, self.calls, self.up = folder, folder / "calls", folder / "up"
+        for name, body in FAKES.items():
+            path = folder / name
+            path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+            path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+    def start(self, code: str, *arguments: str, restarts: int = 0) -> subprocess.Popen:
+        "The script as SLURM starts it; its program exits with that code, or waits for a signal."
+        self.up.unlink(missing_ok=True)
+        self.calls.unlink(missing_ok=True)
+        environ = clean_environ(SLURM_JOB_ID="4242", SLURM_JOB_NAME="detr", SLURM_RESTART_COUNT=str(restarts))
+        environ |= {"PATH": f"{self.folder}:{environ['PATH']}", "CALLS": str(self.calls), "UP": str(self.up)}
+        script = [str(ROOT / "configs/slurm/train.sbatch"), *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        job = subprocess.Popen(script, env=environ | {"CODE": code}, cwd=self.folder, **pipes)
+        while not self.up.exists() and job.poll() is None:
+            time.sleep(0.02)
+        return job
+
+
+@pytest.fixture
+def slurm(tmp_path) -> Slurm:
+    return Slurm(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["USR1", "TERM"])
+def test_a_signal_reaches_the_program_and_the_job_is_queued_again(slurm, name):
+    job = slurm.start("wait", "--coco_path", "data/two words")
+    job.send_signal(getattr(signal, f"SIG{name}"))
+    output, _ = job.communicate(timeout=20)
+    started, told, queued = slurm.calls.read_text().splitlines()
+    assert job.returncode == 75, output
+    assert "python -m detr_nb.train" in started and "--resume auto --coco_path data/two words" in started
+    assert "--output_dir runs/detr-4242" in started, "the same folder after a requeue, since the job keeps its number"
+    assert (told, queued) == (f"task got {name}", "scontrol requeue 4242")
+    assert f"passing SIG{name} on" in output and "asks to be queued again" in output
+
+
+@pytest.mark.parametrize("code", [0, 1, 137])
+def test_a_run_that_is_done_or_has_failed_is_not_queued_again(slurm, code):
+    job = slurm.start(str(code), restarts=2)
+    output, _ = job.communicate(timeout=20)
+    assert job.returncode == code and f"ended with code {code}" in output and "start number 3" in output
+    assert "scontrol" not in slurm.calls.read_text()
+
+
+def test_slurm_reads_every_option_of_the_script():
+    lines = (ROOT / "configs/slurm/train.sbatch").read_text().splitlines()
+    first = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
+    options = [number for number, line in enumerate(lines) if line.startswith("#SBATCH")]
+    assert options and max(options) < first, "sbatch stops reading options at the first command"
+    assert any("--signal=B:USR1@120" in lines[number] for number in options)
+    assert any("--requeue" in lines[number] for number in options)
+
+
+# --- one falls, all stop
+
+FALL = """
+import os, sys, time
+from detr_nb.distributed import barrier, fail_together, start, stop
+process = start("cpu")
+with fail_together():
+    barrier()
+    os.write(1, b"ready")
+    if process.rank == FALLS:
+        ERROR
+    WAITS
+stop()
+"""
+SLEEP = "time.sleep(600)"  # whatever the main thread is stuck in
+COLLECTIVE = "barrier()"
+
+
+def fall(error: str, job: int, falls: int, waits: str, tasks: int = 2) -> tuple[list[str], list[int], float]:
+    "Processes as srun starts them, of which one falls: what each said, its exit code, and how long all of it took."
+    program = FALL.replace("ERROR", error or SLEEP).replace("FALLS", str(falls)).replace("WAITS", waits)
+    environs = [slurm_environ(rank, tasks, JOB + job) for rank in range(tasks)]
+    processes = [open_process(environ, "-c", program) for environ in environs]
+    try:
+        assert [process.stdout.read(5) for process in processes] == ["ready"] * tasks
+        if not error:
+            processes[falls].kill()
+        began = time.monotonic()
+        said = [process.communicate(timeout=30)[1] for process in processes]
+        return said, [process.returncode for process in processes], time.monotonic() - began
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    ("falls", "waits", "tasks", "job"),
+    [(1, SLEEP, 2, 0), (0, COLLECTIVE, 2, 1), pytest.param(2, SLEEP, 4, 2, marks=pytest.mark.slow)],
+)
+def test_an_error_on_one_rank_ends_all_within_seconds_and_is_shown_once(falls, waits, tasks, job):
+    said, codes, seconds = fall("raise KeyError('a label')", job, falls, waits, tasks)
+    assert codes == [1] * tasks and seconds < 10, (said, seconds)
+    assert "".join(said).count("Traceback") == 1 and "KeyError: 'a label'" in said[falls]
+    for rank in set(range(tasks)) - {falls}:
+        assert f"rank {rank} of {tasks} ends, because rank {falls} failed, see above" in said[rank]
+
+
+@pytest.mark.parametrize(("falls", "waits", "job"), [(1, COLLECTIVE, 3), (0, SLEEP, 4)])
+def test_a_killed_rank_is_named_by_the_others(falls, waits, job):
+    said, codes, seconds = fall("", job, falls, waits)
+    other = 1 - falls
+    assert codes[falls] == -signal.SIGKILL and codes[other] == 1 and seconds < 10, (said, seconds)
+    assert f"because rank {falls} ended without a word" in said[other] and "Traceback" not in said[other]
+
+
+def test_a_text_is_shown_without_a_traceback_and_only_once_when_all_fail_alike():
+    program = FALL.replace("process.rank == FALLS", "True").replace("ERROR", "sys.exit('no such folder: data')")
+    program = program.replace("WAITS", SLEEP)
+    processes = [open_process(slurm_environ(rank, 2, JOB + 5), "-c", program) for rank in range(2)]
+    said = "".join(process.communicate(timeout=60)[1] for process in processes)
+    assert [process.returncode for process in processes] == [1, 1]
+    assert said.count("no such folder: data") == 1 and "Traceback" not in said
+
+
+def test_an_exit_by_number_passes():
+    said, codes, _ = fall("barrier(); sys.exit(75)", 6, falls=1, waits="barrier(); sys.exit(75)")
+    assert codes == [75, 75], said
+
+
+@pytest.mark.slow
+def test_torchrun_shows_the_one_traceback(tmp_path):
+    script = tmp_path / "fall.py"
+    script.write_text(FALL.replace("FALLS", "1").replace("ERROR", "raise KeyError('a label')").replace("WAITS", SLEEP))
+    command = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script))
+    process, began = open_process(clean_environ(), *command), time.monotonic()
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode != 0 and time.monotonic() - began < 60
+    assert errors.count("KeyError: 'a label'") == 1 and "rank 1 of 2" in errors
+
+
+# --- waiting
+
+
+@pytest.mark.parametrize("text", ["soon", "-1", "0", "nan", "inf"])
+def test_a_time_out_that_is_no_time_is_refused(text):
+    with pytest.raises(ValueError, match=f"DETR_NB_TIMEOUT_S is '{text}'"):
+        read_timeout({"DETR_NB_TIMEOUT_S": text})
+
+
+def test_the_time_out_is_set_by_the_environment_and_the_missing_are_named():
+    environs = [slurm_environ(rank, 4, JOB + 7, DETR_NB_TIMEOUT_S="4") for rank in (0, 2)]
+    processes = [open_process(environ, "-c", "from detr_nb.distributed import *; start('cpu')") for environ in environs]
+    outputs = [process.communicate(timeout=60)[1] for process in processes]
+    assert "waited 4 s for ranks 1, 3, who did not come" in outputs[0]
+
+
+OUTLAST = """
+import time
+from detr_nb.distributed import on_main, start, stop
+process = start("cpu", timeout_s=6)
+told = on_main(lambda: time.sleep(8) or process.rank)
+stop()
+assert told == 0
+"""
+
+
+@pytest.mark.slow
+def test_work_on_rank_zero_may_outlast_the_time_out_of_collectives():
+    processes = [open_process(slurm_environ(rank, 2, JOB + 8), "-c", OUTLAST) for rank in range(2)]
+    outputs = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+
+
+class Stubborn(Exception):
+    "For the test below: an error that cannot be unpickled."
+
+    def __init__(self, text: str, number: int):
+        super().__init__(text)
+
+
+def raise_stubborn() -> None:
+    raise Stubborn("on rank zero", 7)
+
+
+def gather_many(process: Process) -> dict:
+    "For the test below: tensors of several types and lengths, and rows that do not fit together."
+    rank, kinds = process.rank, (torch.float32, torch.int64, torch.uint8, torch.float64, torch.bool)
+    found = {"rows": [gather_tensors(torch.full((2 * rank, 3), rank).to(kind)) for kind in kinds]}
+    found["flat"] = gather_tensors(torch.arange(3 - rank))
+    found["nothing"] = gather_tensors(torch.zeros(0, 6))
+    try:
+        gather_tensors(torch.zeros(1, 2 + rank))
+    except ValueError as error:
+        found["unequal"] = str(error)
+    try:
+        on_main(raise_stubborn)
+    except Exception as error:
+        found["error"] = f"{type(error).__name__}: {error}"
+    found["after"] = on_main(lambda: {"scores": torch.ones(2)})["scores"].tolist()
+    return found
+
+
+def test_tensors_of_any_length_are_gathered_and_errors_of_rank_zero_reach_all():
+    results = spawn(gather_many, 3)
+    for result in results:
+        for kind, parts in zip((torch.float32, torch.int64, torch.uint8, torch.float64, torch.bool), result["rows"]):
+            assert [tuple(part.shape) for part in parts] == [(0, 3), (2, 3), (4, 3)]
+            for rank, part in enumerate(parts):
+                assert part.dtype == kind and (part == torch.tensor(rank).to(kind)).all()
+        assert [part.tolist() for part in result["flat"]] == [[0, 1, 2], [0, 1], [0]]
+        assert [tuple(part.shape) for part in result["nothing"]] == [(0, 6)] * 3
+        assert "rows of [2, 3, 4] numbers" in result["unequal"]
+        assert "on rank zero" in result["error"] and result["after"] == [1.0, 1.0]
+    assert results[0]["error"].startswith("Stubborn") and results[1]["error"].startswith("RuntimeError: Stubborn")
+
+
+# --- the trainer itself
+
+SMALL = [
+    "--enc_layers", "1", "--dec_layers", "2", "--hidden_dim", "64", "--dim_feedforward", "128", "--dropout", "0",
+    "--num_queries", "110", "--num_workers", "0", "--no_group_by_shape", "--log_every", "1", "--report_to", "none",
+    "--device", "cpu", "--mixed_precision", "no", "--backbone", "small", "--backbone_norm", "group", "--no_pretrained",
+    "--image_size", "96", "--epochs", "3", "--eval_every", "3",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory) -> Path:
+    "Eight images of which every other one has no object, and the others a hundred."
+    root, rng = tmp_path_factory.mktemp("uneven"), np.random.default_rng(0)
+    images, annotations = [], []
+    for number in range(8):
+        Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(root / f"{number}.png")
+        images.append({"id": number + 1, "file_name": f"{number}.png", "height": 64, "width": 64})
+        for _ in range(100 * (number % 2)):
+            x, y, w, h = (*rng.uniform(0, 40, 2), *rng.uniform(6, 20, 2))
+            annotations.append({"id": len(annotations) + 1, "image_id": number + 1, "bbox": [x, y, w, h], "area": w * h,
+                                "category_id": int(rng.integers(1, 4)), "iscrowd": 0})
+    categories = [{"id": k, "name": f"class {k}"} for k in (1, 2, 3)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (root / "annotations.json").write_text(json.dumps(content))
+    return root
+
+
+TRAIN = """
+import os, sys, time
+from detr_nb import coco, train
+read, calls = coco.CocoDataset.__getitem__, []
+def changed(self, index):
+    calls.append(index)
+    if os.environ.get("RANK") == "1" and len(calls) == 3:
+        CHANGE
+    return read(self, index)
+coco.CocoDataset.__getitem__ = changed
+train.main(sys.argv[1:])
+"""
+
+
+def train(folder: Path, uneven: Path, batch_size: int, *launcher: str, change: str = "pass", **environ: str):
+    "Run the trainer in one or two processes; `change` is what rank 1 does before it reads its third image."
+    (folder / "train.py").write_text(TRAIN.replace("CHANGE", change))
+    data = ["--train_annotations", uneven / "annotations.json", "--val_annotations", uneven / "annotations.json"]
+    arguments = [*data, "--output_dir", folder / "run", "--batch_size", batch_size, *SMALL]
+    process = open_process(clean_environ(**environ), *launcher, str(folder / "train.py"), *map(str, arguments))
+    output, errors = process.communicate(timeout=300)
+    return process.returncode, output, errors
+
+
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def read_losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "run/steps.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(uneven, tmp_path_factory) -> list[float]:
+    "The losses of one process."
+    folder = tmp_path_factory.mktemp("alone")
+    code, _, errors = train(folder, uneven, 2)
+    assert code == 0, errors
+    return read_losses(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", ["pass", "time.sleep(30)"], ids=["as they are", "one is slow by 30 s"])
+def test_no_objects_here_and_a_hundred_there_give_the_losses_of_one_process(change, alone, uneven, tmp_path):
+    code, _, errors = train(tmp_path, uneven, 1, *TWO, change=change)
+    assert code == 0, errors
+    losses = read_losses(tmp_path)
+    assert len(losses) == len(alone) == 12
+    assert losses == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_srun_starts_the_same_run(alone, uneven, tmp_path):
+    (tmp_path / "train.py").write_text(TRAIN.replace("CHANGE", "pass"))
+    data = ["--train_annotations", uneven / "annotations.json", "--val_annotations", uneven / "annotations.json"]
+    arguments = [str(part) for part in (*data, "--output_dir", tmp_path / "run", "--batch_size", 1, *SMALL)]
+    environs = [slurm_environ(rank, 2, JOB + 9) for rank in range(2)]
+    tasks = [open_process(environ, "-m", "detr_nb.train", *arguments) for environ in environs]
+    outputs = [task.communicate(timeout=300) for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], outputs
+    assert read_losses(tmp_path) == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_an_error_in_a_training_ends_it_and_is_shown_once(uneven, tmp_path):
+    began = time.monotonic()
+    code, _, errors = train(tmp_path, uneven, 1, *TWO, change="raise KeyError('a label')")
+    assert code != 0 and time.monotonic() - began < 90
+    assert errors.count("KeyError: 'a label'") == 1 and "rank 1 of 2" in errors, errors
