@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['pad_images', 'Targets', 'pack_masks', 'pack_targets', 'Batch', 'one_thread', 'collate', 'epoch_rng', 'group_alike',
-           'process_share', 'EpochSampler', 'start_worker', 'make_loader', 'CachedDataset']
+           'process_share', 'epoch_order', 'EpochSampler', 'start_worker', 'make_loader', 'CachedDataset']
 
 # %% ../nbs/07_batching.ipynb #ae8def9f
 import signal
@@ -167,6 +167,22 @@ def process_share(
     return np.array_split(batch, world_size)[rank]
 
 # %% ../nbs/07_batching.ipynb #5d72e95c
+def epoch_order(
+    size: int,  # samples in the data set
+    global_size: int,  # of a batch of all processes
+    rng: np.random.Generator | None,  # None: as on disk
+    drop_last: bool,  # leave out what does not fill a global batch
+    aspects: np.ndarray | None = None,  # see `group_alike`
+) -> Int[np.ndarray, "N"]:
+    "The sample indices of an epoch; of a set smaller than a batch all of them, where others would be dropped."
+    order = np.arange(size) if rng is None else rng.permutation(size)
+    if aspects is not None:
+        order = group_alike(order, aspects, global_size, rng)
+    if size < global_size or not drop_last:
+        return order
+    return order[: size // global_size * global_size]
+
+# %% ../nbs/07_batching.ipynb #01353eca
 class EpochSampler(Sampler):
     "Batches of `(epoch, index)` for one process; the global batches are the same however many processes share them."
 
@@ -196,15 +212,11 @@ class EpochSampler(Sampler):
         "The epoch's sample indices, the same on every process."
         global_size = self.batch_size * self.world_size
         rng = epoch_rng(self.seed, self.epoch) if self.shuffle else None
-        order = np.arange(self.size) if rng is None else rng.permutation(self.size)
-        if self.aspects is not None:
-            order = group_alike(order, self.aspects, global_size, rng)
-        if self.drop_last and self.size < global_size:
-            return np.resize(order, max(self.size, self.world_size))  # one small batch, and nobody without a sample
-        return order[: self.size // global_size * global_size] if self.drop_last else order
+        order = epoch_order(self.size, global_size, rng, self.drop_last, self.aspects)
+        return np.resize(order, self.world_size) if self.drop_last and self.size < self.world_size else order
 
     def batches(self) -> list[np.ndarray]:
-        "This process's part of every global batch of the epoch."
+        "This process's part of every global batch of the epoch; in a training nobody is without a sample."
         order, global_size = self.order(), self.batch_size * self.world_size
         parts = [order[i : i + global_size] for i in range(0, len(order), global_size)]
         shares = [process_share(part, self.rank, self.world_size) for part in parts]
