@@ -5,12 +5,13 @@ __all__ = ['logger', 'RELEASED_URL', 'RELEASED', 'HALVES', 'ENCODER', 'DECODER',
            'DEPTHS', 'COCO_NAMES', 'CHECKPOINT', 'PREVIOUS', 'CLASS_HEAD', 'CheckpointError', 'save_checkpoint',
            'load_file', 'load_safetensors', 'cached', 'fetch_once', 'load_address', 'Contents', 'read_source', 'beside',
            'split_contents', 'rename', 'reversed_table', 'modern_name', 'join_projections', 'split_projections',
-           'layout_of', 'our_name', 'our_tensors', 'count_blocks', 'read_backbone', 'read_architecture', 'complete',
-           'settings_of_ours', 'told', 'load_model', 'load_layout', 'from_released', 'from_transformers',
+           'layout_of', 'our_name', 'our_tensors', 'mask_tensors', 'count_blocks', 'read_backbone', 'read_architecture',
+           'complete', 'settings_of_ours', 'told', 'load_model', 'load_layout', 'from_released', 'from_transformers',
            'architecture', 'check_writable', 'plain_tensors', 'to_released', 'released_name', 'to_transformers',
            'class_names', 'Preprocessing', 'Detector', 'load_detector', 'load_checkpoint', 'newest_checkpoint',
            'settings_changed', 'named_model', 'detr_resnet50', 'detr_resnet50_dc5', 'detr_resnet101',
-           'detr_resnet101_dc5', 'Report', 'class_rows', 'take_queries', 'take_classes', 'finetune']
+           'detr_resnet101_dc5', 'detr_resnet50_panoptic', 'detr_resnet50_dc5_panoptic', 'detr_resnet101_panoptic',
+           'Report', 'class_rows', 'take_queries', 'take_classes', 'finetune']
 
 # %% ../nbs/17_checkpoints.ipynb #a346202f
 import argparse
@@ -28,11 +29,12 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .backbone import Backbone
 from .detr import DETR, build_detr
 from .distributed import get_logger
+from .segmentation import SegmentationDETR, build_segmentation
 
 logger = get_logger(__name__)
 
@@ -241,7 +243,6 @@ def reversed_table(table: list) -> list:
 # %% ../nbs/17_checkpoints.ipynb #0656d830
 def modern_name(name: str) -> str:
     "The name that transformers 5 gives to a tensor that older versions called otherwise."
-    name = name.removeprefix("detr.")  # of the segmentation model
     for old, new in (("backbone.conv_encoder.", "backbone."), ("backbone.position_embedding.", "position_embedding."),
                      (".out_proj.", ".o_proj.")):
         name = name.replace(old, new)
@@ -292,31 +293,42 @@ def layout_of(contents: Contents) -> str:
 
 # %% ../nbs/17_checkpoints.ipynb #1f5aea61
 def our_name(name: str, layout: str) -> str | None:
-    "What a tensor of a layout is called in our model; None for a mask head's, which has no place in a detector."
-    if layout == "detr_nb":
-        return name
+    "What a tensor of a layout is called in our detector; None for a mask head's, which has no place there."
     if re.match(r"mask_head\.|bbox_attention\.", name):
         return None
+    name = name.removeprefix("detr.")  # of a model with masks
+    if layout == "detr_nb":
+        return name
     if layout == "released":
-        name = name.removeprefix("detr.").replace("backbone.0.", "backbone.", 1)
-        return name.replace("backbone.1.", "position_encoding.", 1)
+        return name.replace("backbone.0.", "backbone.", 1).replace("backbone.1.", "position_encoding.", 1)
     name = modern_name(name)
     return rename(name, reversed_table(NAMES + RESNET + TIMM)) or name
 
 # %% ../nbs/17_checkpoints.ipynb #b99042e6
-def our_tensors(contents: Contents) -> dict[str, Tensor]:
+def our_tensors(
+    contents: Contents,
+    masks: bool = False,  # the mask head is loaded, too: no warning
+) -> dict[str, Tensor]:
     "The detector's tensors under our names; a mask head is left out, with a warning."
     layout = layout_of(contents)
     named = {name: our_name(name, layout) for name in contents.tensors}
-    if None in named.values():
+    if None in named.values() and not masks:
         logger.warning(
-            "%s is a panoptic model: the detector is loaded, the mask head (%d tensors) is left out",
+            "%s is a model with masks: the detector is loaded, the mask head (%d tensors) is left out",
             contents.name, list(named.values()).count(None),
         )
     tensors = {ours: contents.tensors[name] for name, ours in named.items() if ours}
     if layout != "detr_nb":  # frozen norms count no batches
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")}
     return join_projections(tensors) if layout == "transformers" else tensors
+
+# %% ../nbs/17_checkpoints.ipynb #25252a8d
+def mask_tensors(contents: Contents) -> dict[str, Tensor]:
+    "The mask head's tensors, which ours names as the released code does; raises `CheckpointError`."
+    head = {name: tensor for name, tensor in contents.tensors.items() if our_name(name, layout_of(contents)) is None}
+    if not head:
+        raise CheckpointError(f"{contents.name} has no mask head: load it without masks, or give a panoptic model")
+    return head
 
 # %% ../nbs/17_checkpoints.ipynb #6b08e03f
 DEPTHS = {
@@ -405,37 +417,43 @@ def told(contents: Contents) -> dict[str, Any]:
 # %% ../nbs/17_checkpoints.ipynb #0dff60b9
 def load_model(
     contents: Contents,
+    masks: bool = False,  # with the mask head, which must be there
     **known: Any,  # arguments of `build_detr` that go before what is read
-) -> DETR:
+) -> DETR | SegmentationDETR:
     "Build the model that a checkpoint describes, fill it, and switch it to evaluation; raises `CheckpointError`."
-    tensors = our_tensors(contents)
+    tensors = our_tensors(contents, masks)
     known = {key: value for key, value in known.items() if value is not None}
     with torch.device("meta"):  # without values: all of them are in the checkpoint
         model = build_detr(**read_architecture(tensors) | told(contents) | known, pretrained=None)
+        model = build_segmentation(model) if masks else model
+    if masks:
+        tensors = {f"detr.{name}": tensor for name, tensor in tensors.items()} | mask_tensors(contents)
     try:
-        model = model.to(torch.promote_types(tensors["class_embed.weight"].dtype, torch.float32)).to_empty(device="cpu")
+        dtype = torch.promote_types(next(iter(tensors.values())).dtype, torch.float32)
+        model = model.to(dtype).to_empty(device="cpu")
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        reason = " ".join(str(error).split()).removeprefix("Error(s) in loading state_dict for DETR: ")
+        reason = " ".join(str(error).split()).split("Error(s) in loading state_dict for ")[-1]
         raise CheckpointError(f"{contents.name} does not hold a whole DETR: {reason}") from None
     return model.eval()
 
 # %% ../nbs/17_checkpoints.ipynb #56da3155
-def load_layout(source: str | Path | Mapping, layout: str, dilation: bool | None, nheads: int | None) -> DETR:
+def load_layout(source: str | Path | Mapping, layout: str, **settings: Any) -> DETR | SegmentationDETR:
     "The model of a checkpoint that must be of this layout."
     contents = read_source(source)
     if (found := layout_of(contents)) != layout:
         raise CheckpointError(f"{contents.name} has the names of {found}, not of {layout}: use `load_detector`")
-    return load_model(contents, dilation=dilation, nheads=nheads)
+    return load_model(contents, **settings)
 
 
 def from_released(
     source: str | Path | Mapping,  # a path, an address, a name such as "detr_resnet50", or the loaded checkpoint
     dilation: bool | None = None,  # DC5; None: when the checkpoint's settings or its name say so
     nheads: int | None = None,  # None: what the checkpoint's settings say, or 8 as in all released models
-) -> DETR:
-    "The model of a checkpoint of the released code, in evaluation mode; of a panoptic one the detector."
-    return load_layout(source, "released", dilation, nheads)
+    masks: bool = False,  # of a panoptic checkpoint the whole model, not only the detector
+) -> DETR | SegmentationDETR:
+    "The model of a checkpoint of the released code, in evaluation mode."
+    return load_layout(source, "released", masks=masks, dilation=dilation, nheads=nheads)
 
 
 def from_transformers(
@@ -444,11 +462,12 @@ def from_transformers(
     nheads: int | None = None,
 ) -> DETR:
     "The model of a state dict of transformers' `DetrForObjectDetection`, in evaluation mode."
-    return load_layout(source, "transformers", dilation, nheads)
+    return load_layout(source, "transformers", dilation=dilation, nheads=nheads)
 
 # %% ../nbs/17_checkpoints.ipynb #8dc44020
-def architecture(model: DETR) -> dict[str, Any]:
-    "The arguments of `build_detr` that make this model again; what a checkpoint of ours says of it."
+def architecture(model: DETR | SegmentationDETR) -> dict[str, Any]:
+    "The arguments of `build_detr` that make this model, or its detector, again; what a checkpoint of ours says of it."
+    model = model.detr if isinstance(model, SegmentationDETR) else model
     layer, positions, body = model.transformer.decoder.layers[0], model.position_encoding, model.backbone
     return read_architecture(model.state_dict()) | {
         "nheads": layer.self_attn.heads,
@@ -472,13 +491,17 @@ def check_writable(model: DETR, where: str, pre_norm: bool) -> None:
         raise CheckpointError(f"{where} has no model with {reasons}: save it as a checkpoint of ours")
 
 # %% ../nbs/17_checkpoints.ipynb #b3329ada
-def plain_tensors(model: DETR) -> dict[str, Tensor]:
+def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
     "The state dict without batch norms' counts of training batches, which frozen norms do not have."
     return {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("num_batches_tracked")}
 
 # %% ../nbs/17_checkpoints.ipynb #5f6b3277
-def to_released(model: DETR) -> dict[str, dict[str, Tensor]]:
+def to_released(model: DETR | SegmentationDETR) -> dict[str, dict[str, Tensor]]:
     "The model as a checkpoint of the released code: save it with `torch.save`; raises `CheckpointError`."
+    if isinstance(model, SegmentationDETR):
+        detector = {f"detr.{name}": tensor for name, tensor in to_released(model.detr)["model"].items()}
+        head = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("detr.")}
+        return {"model": OrderedDict(detector | head)}
     check_writable(model, "the released DETR", pre_norm=True)
     parts = ("transformer", "class_embed", "bbox_embed", "query_embed", "input_proj", "backbone", "position_encoding")
     tensors = plain_tensors(model)
@@ -531,7 +554,7 @@ class Preprocessing(NamedTuple):
 
 class Detector(NamedTuple):
     "A model in evaluation mode, and what one must know to use it."
-    model: DETR
+    model: DETR | SegmentationDETR
     names: tuple[str, ...]  # of each class
     category_ids: tuple[int, ...]  # of each class, in the data set it was trained on
     preprocessing: Preprocessing
@@ -539,15 +562,16 @@ class Detector(NamedTuple):
 # %% ../nbs/17_checkpoints.ipynb #bc16eff4
 def load_detector(
     source: str | Path | Mapping,  # a path, an address, a name such as "detr_resnet50", or the loaded checkpoint
+    masks: bool = False,  # with the mask head, of ours or of the released code
 ) -> Detector:
     "Any checkpoint, of ours, of the released code or of transformers, ready to be used; raises `CheckpointError`."
     contents = read_source(source)
     if layout_of(contents) == "detr_nb":
-        model, state = load_model(contents), settings_of_ours(contents)
+        model, state = load_model(contents, masks), settings_of_ours(contents)
         classes, size = state["classes"], Preprocessing(**state["preprocessing"])
         return Detector(model, tuple(classes["names"]), tuple(classes["ids"]), size)
-    model = load_model(contents)
-    count = model.num_classes
+    model = load_model(contents, masks)
+    count = (model.detr if masks else model).num_classes
     names = class_names(contents, count) or tuple(f"class {index}" for index in range(count))
     return Detector(model, names, tuple(range(count)), Preprocessing(800, 1333))
 
@@ -596,16 +620,19 @@ def named_model(
     name: str,  # one of RELEASED's
     pretrained: bool,
     num_classes: int,
-) -> DETR:
+) -> DETR | SegmentationDETR:
     "A model of the paper by its name in torch.hub; raises `ValueError` for released weights with other classes."
+    masks = name.endswith("panoptic")
     if not pretrained:
-        return build_detr(num_classes, name.split("_")[1], dilation=name.endswith("dc5"), pretrained=None)
-    if num_classes != len(COCO_NAMES):
+        model = build_detr(num_classes, name.split("_")[1], dilation="dc5" in name, pretrained=None)
+        return build_segmentation(model) if masks else model
+    count = 250 if masks else len(COCO_NAMES)
+    if num_classes != count:
         raise ValueError(
-            f"the released {name} has {len(COCO_NAMES)} classes, not {num_classes}: "
+            f"the released {name} has {count} classes, not {num_classes}: "
             f"make one without pretrained=True and call finetune(model, {name!r}, names)"
         )
-    return from_released(name)
+    return from_released(name, masks=masks)
 
 # %% ../nbs/17_checkpoints.ipynb #eb1f6751
 def detr_resnet50(pretrained: bool = False, num_classes: int = 91) -> DETR:
@@ -626,6 +653,21 @@ def detr_resnet101(pretrained: bool = False, num_classes: int = 91) -> DETR:
 def detr_resnet101_dc5(pretrained: bool = False, num_classes: int = 91) -> DETR:
     "DETR-DC5 R101; as `detr_resnet50_dc5` otherwise."
     return named_model("detr_resnet101_dc5", pretrained, num_classes)
+
+# %% ../nbs/17_checkpoints.ipynb #038ebb2d
+def detr_resnet50_panoptic(pretrained: bool = False, num_classes: int = 250) -> SegmentationDETR:
+    "DETR R50 with masks (Carion et al. 2020, table 5): things and stuff by COCO's ids; as `detr_resnet50` otherwise."
+    return named_model("detr_resnet50_panoptic", pretrained, num_classes)
+
+
+def detr_resnet50_dc5_panoptic(pretrained: bool = False, num_classes: int = 250) -> SegmentationDETR:
+    "DETR-DC5 R50 with masks; as `detr_resnet50_panoptic` otherwise."
+    return named_model("detr_resnet50_dc5_panoptic", pretrained, num_classes)
+
+
+def detr_resnet101_panoptic(pretrained: bool = False, num_classes: int = 250) -> SegmentationDETR:
+    "DETR R101 with masks; as `detr_resnet50_panoptic` otherwise."
+    return named_model("detr_resnet101_panoptic", pretrained, num_classes)
 
 # %% ../nbs/17_checkpoints.ipynb #3195c204
 class Report(NamedTuple):

@@ -18,6 +18,7 @@ from detr_nb.checkpoints import (
     Preprocessing,
     architecture,
     detr_resnet50,
+    detr_resnet50_panoptic,
     finetune,
     from_released,
     from_transformers,
@@ -29,6 +30,7 @@ from detr_nb.checkpoints import (
     to_transformers,
 )
 from detr_nb.detr import DETR, build_detr
+from detr_nb.segmentation import SegmentationDETR, build_segmentation
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -155,6 +157,47 @@ def test_a_released_checkpoint_comes_back_key_for_key_and_bit_for_bit(name, capl
     assert model.num_classes == (250 if panoptic else 91)
     assert ("mask head" in caplog.text) == panoptic
     assert not model.training
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name.endswith("panoptic")])
+def test_a_released_panoptic_checkpoint_comes_with_its_mask_head(name, caplog):
+    "Key for key and bit for bit, in the released order, and without a warning that something was left out."
+    head = fill(mask_head_shapes(32, 8))
+    state = {f"detr.{key}": value for key, value in fill(detector_shapes(**VARIANTS[name])).items()} | head
+    model = from_released({"model": state}, dilation="dc5" in name, masks=True)
+    assert isinstance(model, SegmentationDETR) and not model.training and not model.frozen and not caplog.text
+    written = to_released(model)["model"]
+    assert_same(written, state)
+    ours = [key for key in written if not key.startswith("detr.")]
+    assert ours[:2] == ["bbox_attention.q_linear.weight", "bbox_attention.q_linear.bias"]
+    assert [key.split(".")[1] for key in ours[4::2]] == (
+        [f"{kind}{k}" for k in range(1, 6) for kind in ("lay", "gn")] + ["out_lay", "adapter1", "adapter2", "adapter3"])
+    assert architecture(model) == architecture(model.detr)
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 64, 96)).masks.shape == (1, 10, 16, 24)
+
+
+def test_masks_are_asked_for_in_vain():
+    with pytest.raises(CheckpointError, match="has no mask head: load it without masks"):
+        from_released({"model": fill(detector_shapes(**R18))}, masks=True)
+    state = {f"detr.{key}": value for key, value in fill(detector_shapes(**R18)).items()}
+    half = state | dict(list(fill(mask_head_shapes(32, 8)).items())[:-1])
+    with pytest.raises(CheckpointError, match="does not hold a whole DETR.*mask_head"):
+        from_released({"model": half}, masks=True)
+
+
+def test_a_checkpoint_of_ours_with_masks(tmp_path, caplog):
+    "The whole model with `masks`, else the detector and a warning; both answer alike."
+    sizes = dict(hidden_dim=32, nheads=4, enc_layers=1, dec_layers=1, num_queries=5)
+    model = build_segmentation(build_detr(2, "small", **sizes))
+    save_checkpoint(tmp_path / "checkpoint.pth", {
+        "format": "detr_nb", "version": 1, "model": model.state_dict(), "config": {},
+        "classes": {"ids": [1, 4], "names": ["a", "b"]}, "architecture": architecture(model),
+        "preprocessing": {"short_side": None, "max_size": 160}})
+    whole, detector = (load_detector(tmp_path / "checkpoint.pth", masks=masks).model for masks in (True, False))
+    assert_same(whole.state_dict(), model.state_dict())
+    assert_same(detector.state_dict(), model.detr.state_dict())
+    assert caplog.text.count("left out") == 1
 
 
 def test_the_names_of_the_released_models_are_those_of_their_files():
@@ -703,14 +746,19 @@ def test_the_number_of_names_must_be_the_number_of_classes():
 
 @pytest.mark.parametrize("name, millions, stride", [
     ("detr_resnet50", 41.5, 32), ("detr_resnet50_dc5", 41.5, 16), ("detr_resnet101", 60.4, 32),
-    ("detr_resnet101_dc5", 60.4, 16)])
+    ("detr_resnet101_dc5", 60.4, 16), ("detr_resnet50_panoptic", 42.8, 32), ("detr_resnet50_dc5_panoptic", 42.8, 16),
+    ("detr_resnet101_panoptic", 61.8, 32)])
 def test_torch_hub_finds_the_models(name, millions, stride):
     with torch.device("meta"):
-        model = torch.hub.load(str(ROOT), name, source="local", num_classes=4)
+        whole = torch.hub.load(str(ROOT), name, source="local", num_classes=4)
+    assert isinstance(whole, SegmentationDETR if name.endswith("panoptic") else DETR)
+    model = getattr(whole, "detr", whole)
     assert (model.backbone.stride, model.num_classes, model.num_queries) == (stride, 4, 100)
-    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 1) == millions
+    assert round(sum(parameter.numel() for parameter in whole.parameters()) / 1e6, 1) == millions
 
 
 def test_released_weights_for_other_classes_say_what_to_do():
     with pytest.raises(ValueError, match=r"finetune\(model, 'detr_resnet50', names\)"):
         detr_resnet50(pretrained=True, num_classes=4)
+    with pytest.raises(ValueError, match="detr_resnet50_panoptic has 250 classes, not 91"):
+        detr_resnet50_panoptic(pretrained=True, num_classes=91)
