@@ -17,7 +17,7 @@ from detr_nb.coco import CocoDataset
 from detr_nb.criterion import SetCriterion
 from detr_nb.detr import Predictions
 from detr_nb.distributed import Process, spawn
-from detr_nb.evaluation import CocoEvaluator, Detections, evaluate, postprocess
+from detr_nb.evaluation import CocoEvaluator, Detections, evaluate, postprocess, score
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools, NumPy 2
 
@@ -97,6 +97,11 @@ def by_two(folder: Path) -> list[dict]:
     return spawn(in_several_ways, 2, folder)
 
 
+@pytest.fixture(scope="module")
+def by_three(folder: Path) -> list[dict]:
+    return spawn(run_loop, 3, folder, 2)
+
+
 @pytest.mark.parametrize("case", ["unequal shares", "images seen twice", "nothing on rank 0"])
 def test_two_processes_give_the_numbers_of_one(folder: Path, by_two: list[dict], case: str) -> None:
     alone = run_on(load(folder), range(NUM_IMAGES))
@@ -126,8 +131,8 @@ def compare_with_pycocotools(
     "The 12 numbers of its own summary, from its own reading of a list of dictionaries."
     results = []
     for image_id, detections in zip(dataset.image_ids.tolist(), found):
-        for score, label, (x1, y1, x2, y2) in zip(*(tensor[0].tolist() for tensor in detections)):
-            results.append({"image_id": image_id, "category_id": CATEGORY_IDS[label], "score": score,
+        for value, label, (x1, y1, x2, y2) in zip(*(tensor[0].tolist() for tensor in detections)):
+            results.append({"image_id": image_id, "category_id": CATEGORY_IDS[label], "score": value,
                             "bbox": [x1, y1, x2 - x1, y2 - y1]})
     with redirect_stdout(io.StringIO()):
         truth = COCO(folder / "annotations.json")
@@ -216,13 +221,13 @@ def run_loop(process: Process | None, folder: Path, batch_size: int) -> dict:
 
 
 def test_the_loop_gives_the_same_scores_and_losses_for_any_batches_and_processes(
-    folder: Path, by_two: list[dict]
+    folder: Path, by_two: list[dict], by_three: list[dict]
 ) -> None:
     "With batches of 2, two processes have different numbers of batches."
     whole = run_loop(None, folder, NUM_IMAGES)
     assert {"loss", "loss_ce", "loss_bbox_0", "class_error", "cardinality_error"} <= whole.keys()
-    assert by_two[0]["loop"] == by_two[1]["loop"]
-    for other in (run_loop(None, folder, 3), by_two[0]["loop"]):
+    assert by_two[0]["loop"] == by_two[1]["loop"] and by_three[0] == by_three[1] == by_three[2]
+    for other in (run_loop(None, folder, 3), by_two[0]["loop"], by_three[0]):
         assert other["coco_eval_bbox"] == whole["coco_eval_bbox"] and other["images"] == NUM_IMAGES
         for name in whole:
             if "loss" in name or "error" in name:
@@ -240,3 +245,41 @@ def test_the_mode_comes_back_when_the_model_fails(folder: Path) -> None:
     with pytest.raises(RuntimeError, match="as told"):
         evaluate(model, [Batch(torch.zeros(1, 3, 8, 8), None, targets)], CocoEvaluator(load(folder)), "cpu")
     assert model.training
+
+
+def test_the_file_for_the_server_gives_the_same_numbers(folder: Path, tmp_path: Path) -> None:
+    dataset = load(folder)
+    evaluator, path = CocoEvaluator(dataset), tmp_path / "detections_val_ours_results.json"
+    for index in range(NUM_IMAGES):
+        evaluator.update(dataset.image_ids[[index]], make_detections(dataset, index))
+    numbers = evaluator.compute()["coco_eval_bbox"]
+    evaluator.write_detections(path)
+    results = json.loads(path.read_text())
+    assert len(results) == 40 * NUM_IMAGES and {result["category_id"] for result in results} == set(CATEGORY_IDS)
+    assert results[-1]["image_id"] == 2**31 + 7 * (NUM_IMAGES - 1), "ids beyond float32"
+    assert results[0].keys() == {"image_id", "category_id", "bbox", "score"}
+    with redirect_stdout(io.StringIO()):
+        truth = COCO(folder / "annotations.json")
+    again = score(truth, results, dataset.image_ids.numpy())
+    assert again.stats.tolist() == pytest.approx(numbers, abs=1e-3), "boxes are rounded to a hundredth of a pixel"
+
+
+def test_an_evaluation_without_detections_writes_an_empty_list(folder: Path, tmp_path: Path) -> None:
+    evaluator = CocoEvaluator(load(folder))
+    evaluator.compute()
+    evaluator.write_detections(tmp_path / "none.json")
+    assert json.loads((tmp_path / "none.json").read_text()) == []
+
+
+def test_the_table_of_classes_agrees_with_the_numbers(folder: Path) -> None:
+    dataset = load(folder)
+    evaluator = CocoEvaluator(dataset)
+    for index in range(NUM_IMAGES):
+        evaluator.update(dataset.image_ids[[index]], make_detections(dataset, index))
+    result = evaluator.compute()
+    head, *lines, total = (line.split() for line in evaluator.class_tables["bbox"].splitlines())
+    assert head == ["class", "objects", "AP", "AP50", "AP75", "AR100"]
+    assert {" ".join(line[:2]): float(line[3]) for line in lines} == pytest.approx(result["per_class_ap"], abs=5e-4)
+    numbers = result["coco_eval_bbox"]
+    assert [float(word) for word in total[3:]] == pytest.approx([*numbers[:3], numbers[8]], abs=5e-4)
+    assert int(total[2]) == sum(int(line[2]) for line in lines) == int(dataset.object_counts.sum())
