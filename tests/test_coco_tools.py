@@ -1,0 +1,613 @@
+"""`python -m detr_nb.coco download` from a server that drops and lies; `check` on sound and broken sets."""
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detr_nb import coco_tools
+from detr_nb.coco import CocoDataset, quick_check, read_image
+from detr_nb.coco_tools import (
+    Archive,
+    DownloadError,
+    check_coco,
+    check_split,
+    coco_command,
+    download_coco,
+    look_at_image,
+    space_needed,
+    unpack,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning"),  # torchvision 0.29
+]
+
+
+# ---------------------------------------------------------------- a server that misbehaves
+
+
+class Server:
+    "Serves `files` on this machine; `spoil(number, path, first, last, body)` changes the number-th answer's body."
+
+    def __init__(self, files: dict[str, bytes]):
+        self.files, self.requests = files, []
+        self.ranges, self.tag = True, '"one"'
+        self.spoil: Callable = lambda number, first, body: body
+        self.status: Callable = lambda number: None
+        outer, lock = self, threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                with lock:
+                    outer.requests.append((self.path, self.headers.get("Range")))
+                    number = len(outer.requests)
+                if status := outer.status(number):
+                    return self.send_error(status)
+                if self.path not in outer.files:
+                    return self.send_error(404)
+                outer.answer(self, number)
+
+            def log_message(self, *arguments):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def answer(self, handler: BaseHTTPRequestHandler, number: int) -> None:
+        "Send a part, or everything where there are no parts; what `spoil` takes away stays promised."
+        data = self.files[handler.path]
+        first, last = 0, len(data) - 1
+        asked = handler.headers.get("Range")
+        if self.ranges and asked:
+            first, last = (int(place) for place in asked.removeprefix("bytes=").split("-"))
+            handler.send_response(206)
+            handler.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+        else:
+            handler.send_response(200)
+        handler.send_header("Content-Length", str(last + 1 - first))
+        if self.tag:
+            handler.send_header("ETag", self.tag)
+        handler.end_headers()
+        handler.wfile.write(self.spoil(number, first, data[first : last + 1]))
+
+
+def zipped(files: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+def noise(size: int, seed: int = 0) -> bytes:
+    return np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8).tobytes()
+
+
+FILES = {  # as they must lie on the disk after everything was fetched
+    "train2017/000000000001.jpg": noise(90_000), "train2017/000000000002.jpg": noise(70_000, 1),
+    "val2017/000000000003.jpg": noise(30_000, 2),
+    "annotations/instances_train2017.json": b"{}" * 5000, "annotations/instances_val2017.json": b"[]" * 700,
+    "annotations/panoptic_val2017.json": b"[1]", "panoptic_val2017/000000000003.png": noise(5000, 3),
+}  # fmt: skip
+
+
+def archives() -> dict[str, bytes]:
+    "The four archives by their path; the panoptic one has another inside."
+    def pick(*names):
+        return {name: FILES[name] for name in names}
+
+    inner = {"panoptic_val2017/": b"", **pick("panoptic_val2017/000000000003.png"), "__MACOSX/._x": b"x"}
+    panoptic = {**pick("annotations/panoptic_val2017.json"), "annotations/panoptic_val2017.zip": zipped(inner)}
+    return {
+        "zips/train2017.zip": zipped(pick("train2017/000000000001.jpg", "train2017/000000000002.jpg")),
+        "zips/val2017.zip": zipped(pick("val2017/000000000003.jpg")),
+        "annotations/annotations_trainval2017.zip": zipped(
+            pick("annotations/instances_train2017.json", "annotations/instances_val2017.json"), zipfile.ZIP_DEFLATED),
+        "annotations/panoptic_annotations_trainval2017.zip": zipped(panoptic),
+    }
+
+
+@pytest.fixture()
+def server(monkeypatch):
+    "A server of the four archives; the program's list of them, its piece and its waiting times are made to fit."
+    server = Server({f"/{path}": data for path, data in archives().items()})
+    known = {}
+    for name, archive in coco_tools.ARCHIVES.items():
+        data = server.files[f"/{archive.path}"]
+        md5 = hashlib.md5(data).hexdigest() if archive.md5 else ""
+        known[name] = Archive(archive.path, len(data), 2 * len(data), md5)
+    monkeypatch.setattr(coco_tools, "ARCHIVES", known)
+    monkeypatch.setattr(coco_tools, "PIECE_BYTES", 1 << 14)
+    monkeypatch.setattr(coco_tools, "READ_BYTES", 1 << 12)
+    monkeypatch.setattr(coco_tools, "WAITS_S", (0.01, 0.02, 0.03))
+    monkeypatch.setattr(coco_tools, "TIMEOUT_S", 0.5)
+    yield server
+    server.server.shutdown()
+    server.server.server_close()
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    "Every file below a folder, the program's notes left out."
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*")
+            if path.is_file() and ".downloaded" not in path.parts}
+
+
+def pieces_asked(server: Server) -> set[int]:
+    "The pieces that were asked for after the probe."
+    return {int(span.removeprefix("bytes=").split("-")[0]) // coco_tools.PIECE_BYTES for _, span in server.requests[1:]}
+
+
+def fetched(*folders: str) -> dict[str, bytes]:
+    return {name: data for name, data in FILES.items() if name.startswith(folders)}
+
+
+# ---------------------------------------------------------------- fetching
+
+
+def test_everything_arrives_in_the_layout_of_a_training_and_nothing_else_stays(server, tmp_path):
+    assert download_coco(tmp_path, what="train, val,annotations,panoptic", url=server.url + "/") == 0
+    assert tree(tmp_path) == FILES
+
+
+def test_a_second_start_asks_the_server_for_nothing(server, tmp_path):
+    download_coco(tmp_path, what="train,val,annotations,panoptic", url=server.url)
+    server.requests.clear()
+    download_coco(tmp_path, what="train,val,annotations,panoptic", url=server.url)
+    assert server.requests == [] and tree(tmp_path) == FILES
+
+
+def test_what_was_deleted_or_changed_its_size_is_fetched_again_and_no_more(server, tmp_path):
+    download_coco(tmp_path, url=server.url)
+    (tmp_path / "val2017" / "000000000003.jpg").write_bytes(b"short")
+    server.requests.clear()
+    download_coco(tmp_path, url=server.url)
+    assert {path for path, _ in server.requests} == {"/zips/val2017.zip"}
+    assert tree(tmp_path) == fetched("train", "val", "annotations/instances")
+
+
+def test_several_pieces_travel_at_the_same_time(server, tmp_path):
+    meeting = threading.Barrier(3, timeout=5)
+
+    def wait_for_others(number, first, body):
+        if number in (2, 3, 4):  # after the probe; passes only when three requests are open at once
+            meeting.wait()
+        return body
+
+    server.spoil = wait_for_others
+    coco_tools.TIMEOUT_S = 6
+    download_coco(tmp_path, what="train", url=server.url, connections=3)
+    assert tree(tmp_path) == fetched("train2017") and not meeting.broken
+
+
+@pytest.mark.parametrize("ranges", [True, False], ids=["parts", "no parts"])
+@pytest.mark.parametrize("tag", ['"one"', ""], ids=["tag", "no tag"])
+def test_dropped_connections_cost_only_what_was_lost(server, tmp_path, ranges, tag):
+    server.ranges, server.tag = ranges, tag
+    server.spoil = lambda number, first, body: body[: len(body) // 2] if number % 2 else body  # every other answer
+    download_coco(tmp_path, what="train,annotations", url=server.url)
+    assert tree(tmp_path) == fetched("train2017", "annotations/instances")
+
+
+def test_a_server_that_is_busy_at_times_is_asked_again(server, tmp_path):
+    server.status = lambda number: {1: 503, 3: 429, 4: 500}.get(number)
+    download_coco(tmp_path, what="val", url=server.url)
+    assert tree(tmp_path) == fetched("val2017")
+
+
+def test_a_server_that_goes_silent_is_given_up_and_the_next_start_fetches_the_rest(server, tmp_path):
+    whole = len(server.files["/zips/train2017.zip"])
+    server.spoil = lambda number, first, body: body if first < whole // 2 else b""
+    with pytest.raises(DownloadError, match=r"train2017.zip: .*brought nothing after byte .*go on from here"):
+        download_coco(tmp_path, what="train", url=server.url, connections=2)
+    done = json.loads((tmp_path / "train2017.zip.part.json").read_text())["done"]
+    assert len(done) >= whole // 2 // coco_tools.PIECE_BYTES - 1 > 2
+    server.requests.clear()
+    server.spoil = lambda number, first, body: body
+    download_coco(tmp_path, what="train", url=server.url)
+    assert not pieces_asked(server) & set(done) and tree(tmp_path) == fetched("train2017")
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_killed_download_is_taken_up_where_it_was(server, tmp_path):
+    "In a process of its own that is killed with signal 9 in the middle."
+    slow, notes = threading.Event(), tmp_path / "train2017.zip.part.json"
+    server.spoil = lambda number, first, body: (slow.wait(0.05), body)[1]
+    process = multiprocessing.get_context("fork").Process(
+        target=download_coco, args=(tmp_path, "train", server.url), kwargs={"connections": 1})
+    process.start()
+    while not (notes.exists() and len(json.loads(notes.read_text())["done"]) >= 3):
+        assert process.is_alive()
+        slow.wait(0.01)
+    process.kill()
+    process.join()
+    done = set(json.loads(notes.read_text())["done"])
+    server.requests.clear()
+    download_coco(tmp_path, what="train", url=server.url)
+    assert pieces_asked(server) and not pieces_asked(server) & done and tree(tmp_path) == fetched("train2017")
+
+
+def test_another_version_on_the_server_is_fetched_from_the_beginning(server, tmp_path):
+    server.spoil = lambda number, first, body: body if first < 40_000 else b""
+    with pytest.raises(DownloadError):
+        download_coco(tmp_path, what="train", url=server.url, connections=1)
+    server.tag, server.spoil = '"two"', lambda number, first, body: body
+    server.requests.clear()
+    download_coco(tmp_path, what="train", url=server.url)
+    assert "bytes=0-16383" in {span for _, span in server.requests} and tree(tmp_path) == fetched("train2017")
+
+
+def test_a_file_that_changes_on_the_server_meanwhile_is_noticed(server, tmp_path):
+    def change(number, first, body):
+        server.tag = '"two"' if number > 3 else '"one"'
+        return body
+
+    server.spoil = change
+    with pytest.raises(DownloadError, match="has changed, or a proxy is in the way"):
+        download_coco(tmp_path, what="train", url=server.url, connections=1)
+
+
+@pytest.mark.parametrize("name", ["train", "panoptic"])  # with a known MD5 sum, and without one
+def test_wrong_bytes_are_found_and_nothing_of_them_is_kept(server, tmp_path, name):
+    path = f"/{coco_tools.ARCHIVES[name].path}"
+    good = server.files[path]
+    member = {"train": "train2017/000000000001.jpg", "panoptic": "panoptic_val2017/000000000003.png"}[name]
+    place = good.index(FILES[member])
+    server.files[path] = good[: place + 100] + bytes([good[place + 100] ^ 1]) + good[place + 101 :]
+    with pytest.raises(DownloadError, match="its bytes are wrong" if name == "train" else "is damaged: Bad CRC-32"):
+        download_coco(tmp_path, what=name, url=server.url)
+    assert not list(tmp_path.glob("*.zip*")) and not list(tmp_path.rglob("*.jpg"))
+    server.files[path] = good
+    download_coco(tmp_path, what=name, url=server.url)
+    assert tree(tmp_path) == fetched(*{"train": ["train2017"], "panoptic": ["annotations/panoptic", "panoptic"]}[name])
+
+
+def test_a_page_in_the_place_of_the_archive_is_refused_before_it_is_fetched(server, tmp_path):
+    server.files["/zips/val2017.zip"] = b"<html>please log in</html>"
+    with pytest.raises(DownloadError, match="val2017.zip has 26 bytes, COCO's file has .* another file, or a page"):
+        download_coco(tmp_path, what="val", url=server.url)
+    assert len(server.requests) == 1 and tree(tmp_path) == {}
+
+
+def test_an_address_without_the_file_is_said_at_once(server, tmp_path):
+    del server.files["/zips/val2017.zip"]
+    with pytest.raises(DownloadError, match=r"cannot fetch http://.*val2017.zip: HTTP Error 404"):
+        download_coco(tmp_path, what="val", url=server.url)
+    assert len(server.requests) == 1
+
+
+def test_no_server_at_all(server, tmp_path):
+    with pytest.raises(DownloadError, match="cannot fetch http://127.0.0.1:9/zips/val2017.zip"):
+        download_coco(tmp_path, what="val", url="http://127.0.0.1:9")
+
+
+def test_an_archive_put_there_by_hand_is_used_and_left_alone(server, tmp_path):
+    (tmp_path / "val2017.zip").write_bytes(server.files["/zips/val2017.zip"])
+    download_coco(tmp_path, what="val", url=server.url)
+    assert server.requests == [] and tree(tmp_path).keys() == {"val2017.zip", *fetched("val2017")}
+    (tmp_path / "train2017.zip").write_bytes(b"half of it")
+    with pytest.raises(DownloadError, match="train2017.zip has 10 bytes"):
+        download_coco(tmp_path, what="train", url=server.url)
+    assert (tmp_path / "train2017.zip").read_bytes() == b"half of it"  # yours: you delete it
+
+
+def test_archives_can_be_kept(server, tmp_path):
+    download_coco(tmp_path, what="val", url=server.url, keep_archives=True)
+    assert (tmp_path / "val2017.zip").read_bytes() == server.files["/zips/val2017.zip"]
+    assert not list(tmp_path.glob("*.part*"))
+
+
+def test_too_small_a_disk_is_refused_before_the_first_request(server, tmp_path, monkeypatch, caplog):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=400_000))
+    with pytest.raises(DownloadError, match=r"has 0.0 GB of room, 0.0 GB are needed: free some"):
+        download_coco(tmp_path, what="train", url=server.url)
+    assert server.requests == [] and tree(tmp_path) == {}
+    needed = space_needed([coco_tools.ARCHIVES["train"]])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
+    with caplog.at_level("INFO"):
+        download_coco(tmp_path, what="train", url=server.url)
+    assert "of room are needed" in caplog.text and tree(tmp_path) == fetched("train2017")
+
+
+def test_what_was_fetched_before_needs_no_room_again(server, tmp_path, monkeypatch):
+    (tmp_path / "train2017.zip").write_bytes(server.files["/zips/train2017.zip"])
+    archive, usage = coco_tools.ARCHIVES["train"], shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=archive.unpacked))
+    download_coco(tmp_path, what="train", url=server.url)
+    assert fetched("train2017").items() <= tree(tmp_path).items()
+
+
+def test_the_room_of_the_real_archives_is_known():
+    real = list(coco_tools.ARCHIVES.values())
+    assert 38e9 < space_needed(real) < 45e9
+    assert space_needed([Archive("a", 5, 6, ""), Archive("b", 1, 1, "")], keep_archives=True) == 13
+
+
+def test_an_unknown_part_is_refused(server, tmp_path):
+    with pytest.raises(DownloadError, match="--what test: there are train, val, annotations, panoptic"):
+        download_coco(tmp_path, what="val,test", url=server.url)
+
+
+# ---------------------------------------------------------------- unpacking
+
+
+@pytest.mark.parametrize("name", ["../out.txt", "/out.txt", "a/../../out.txt", "..\\out.txt", "C:/out.txt", "a/.."])
+def test_a_name_that_leads_out_is_refused_and_nothing_is_written(tmp_path, name):
+    (tmp_path / "a.zip").write_bytes(zipped({"fine.txt": b"fine", "b/fine.txt": b"fine"}))
+    with zipfile.ZipFile(tmp_path / "a.zip", "a") as archive:
+        archive.writestr(zipfile.ZipInfo(name), b"out")
+    with pytest.raises(DownloadError, match="lead out of .*nothing was unpacked"):
+        unpack(tmp_path / "a.zip", tmp_path / "root")
+    assert tree(tmp_path).keys() == {"a.zip"}
+
+
+def test_a_link_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        link = zipfile.ZipInfo("train2017")
+        link.create_system, link.external_attr = 3, 0o120777 << 16
+        archive.writestr(link, str(tmp_path / "elsewhere"))
+        archive.writestr("train2017/out.txt", b"out")
+    with pytest.raises(DownloadError, match="holds the link 'train2017'"):
+        unpack(tmp_path / "a.zip", tmp_path / "root")
+    assert not (tmp_path / "root").exists()
+
+
+@pytest.mark.parametrize("cut", [1, 30, 2000])
+def test_an_archive_cut_short_is_refused(tmp_path, cut):
+    (tmp_path / "a.zip").write_bytes(zipped(FILES)[:-cut])
+    with pytest.raises(DownloadError, match="a.zip is damaged"):
+        unpack(tmp_path / "a.zip", tmp_path / "root")
+
+
+def test_unpacking_goes_on_where_it_stopped_and_mends_what_is_wrong(tmp_path):
+    (tmp_path / "a.zip").write_bytes(zipped(FILES))
+    root = tmp_path / "root"
+    unpack(tmp_path / "a.zip", root)
+    first, second = root / "train2017/000000000001.jpg", root / "train2017/000000000002.jpg"
+    os.utime(first, (1, 1))
+    second.write_bytes(noise(len(second.read_bytes()), 99))  # of the same size
+    unpack(tmp_path / "a.zip", root)
+    assert first.stat().st_mtime == 1 and tree(root) == FILES
+
+
+# ---------------------------------------------------------------- checking
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+
+
+def make_set(root: Path) -> dict[str, dict]:
+    "Two splits of four images with three objects of two classes each; returns the content of both files."
+    contents = {}
+    for split, base in (("train", 1), ("val", 101)):
+        folder = root / f"{split}2017"
+        folder.mkdir(parents=True)
+        images = [{"id": base + i, "file_name": f"{base + i}.jpg", "width": 40, "height": 30} for i in range(4)]
+        annotations = [{"id": n + 1, "image_id": base + n // 3, "category_id": 5 + n % 2, "bbox": [1 + n, 2, 10, 20],
+                        "area": 150, "iscrowd": 0} for n in range(12)]
+        contents[split] = {"images": images, "annotations": annotations,
+                           "categories": [{"id": 5, "name": "cat"}, {"id": 6, "name": "dog"}]}
+        for i, image in enumerate(images):
+            picture(i).save(folder / image["file_name"], quality=92)
+    write_set(root, contents)
+    return contents
+
+
+def write_set(root: Path, contents: dict[str, dict]) -> None:
+    (root / "annotations").mkdir(exist_ok=True)
+    for split, content in contents.items():
+        (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
+
+
+def check(root: Path, capsys, **more) -> tuple[int, str]:
+    "The status and the report."
+    status = check_coco(root, picture=root / "check.png", **more)
+    return status, capsys.readouterr().out
+
+
+def test_a_sound_set_is_safe(tmp_path, capsys):
+    make_set(tmp_path)
+    status, report = check(tmp_path, capsys)
+    assert status == 0 and report.endswith(": safe to train on\n")
+    assert not any(word in report for word in ("STOP", "warning", "note "))
+    with Image.open(tmp_path / "check.png") as drawn:
+        assert drawn.size[0] > 1000
+    rows = [" ".join(line.split()) for line in report.splitlines()]
+    assert "train 4 12 0 2 3.0" in rows and "cat 6 ######################## 6 ########################" in rows
+    assert any(row.startswith("2 to 3 4 #") for row in rows) and any(row.startswith("8 to 15 12 #") for row in rows)
+    assert "8 images in" in report and "per thousand" in report
+
+
+def exif(orientation: int) -> Image.Exif:
+    note = Image.Exif()
+    note[0x0112] = orientation
+    return note
+
+
+def image_fault(change: Callable[[Path], None], *words: str, decode: bool = False):
+    "A fault of the image train2017/2.jpg."
+    return lambda root, contents: change(root / "train2017" / "2.jpg"), words, decode
+
+
+def file_fault(change: Callable[[dict], None], *words: str):
+    "A fault of one of the files."
+    def apply(root, contents):
+        change(contents)
+        write_set(root, contents)
+
+    return apply, words, False
+
+
+def spoil_middle(path: Path) -> None:
+    "Zeros in the coded pixels, so that the JPEG's blocks come to nothing; both ends stay."
+    data = path.read_bytes()
+    path.write_bytes(data[:700] + b"\xff\xc4" * 40 + data[780:])
+
+
+def first(contents: dict, place: int) -> dict:
+    "An annotation of the training file."
+    return contents["train"]["annotations"][place]
+
+
+STOPS = {
+    "image missing": image_fault(Path.unlink, "train: 1 of 4 images missing: 2.jpg (image id 2)"),
+    "image is a page": image_fault(lambda path: path.write_text("<html>"), "1 of 4 images unreadable: 2.jpg"),
+    "image empty": image_fault(lambda path: path.write_bytes(b""), "1 of 4 images unreadable: 2.jpg"),
+    "image cut short": image_fault(lambda path: path.write_bytes(path.read_bytes()[:-99]),
+                                   "1 of 4 images cut short or damaged: 2.jpg (image id 2)"),
+    "image with zeros for its end": image_fault(
+        lambda path: path.write_bytes(path.read_bytes()[:-400] + bytes(400)), "cut short or damaged: 2.jpg"),
+    "image damaged in the middle": image_fault(spoil_middle, "cut short or damaged: 2.jpg", decode=True),
+    "image resized": image_fault(lambda path: picture(size=(20, 15)).save(path), "of another size than listed: 2.jpg"),
+    "image turned": image_fault(lambda path: picture(size=(30, 40)).save(path, exif=exif(6)), "another size", "2.jpg"),
+    "annotation id doubled": file_fault(lambda c: first(c, 3).update(id=1), "train: ", "repeat an id", ": 1."),
+    "categories differ": file_fault(lambda c: c["val"]["categories"][1].update(name="wolf"),
+                                    "both: train and val list different categories", "wolf", "dog"),
+    "file without annotations": file_fault(lambda c: c["val"].update(annotations=[]), "val: ", "has no annotations"),
+    "image of no list": file_fault(lambda c: c["val"]["annotations"][4].update(image_id=77), "image_ids 77", "ids 5"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", STOPS)
+def test_a_fault_that_would_stop_or_spoil_a_training_is_named_and_not_safe(tmp_path, capsys, fault):
+    contents = make_set(tmp_path)
+    change, words, decode = STOPS[fault]
+    change(tmp_path, contents)
+    status, report = check(tmp_path, capsys, decode=decode)
+    lines = [line for line in report.splitlines() if line.startswith("STOP")]
+    assert status == 1 and len(lines) == 1 and report.endswith("not safe to train on, see STOP above (1)\n")
+    assert all(word in lines[0] for word in words), lines
+
+
+WARNINGS = {
+    "turned by EXIF": image_fault(lambda path: picture().save(path, exif=exif(3)),
+                                  "train: 1 of 4 images with an EXIF rotation", "2.jpg (image id 2)"),
+    "annotation id 0": file_fault(lambda c: first(c, 0).update(id=0), "annotation id 0"),
+    "box without width": file_fault(lambda c: first(c, 2).update(bbox=[1, 1, 0, 5]), "annotation ids 3"),
+    "box outside": file_fault(lambda c: first(c, 2).update(bbox=[99, 1, 9, 5]), "outside the image", "ids 3"),
+    "box over the edge": file_fault(lambda c: first(c, 2).update(bbox=[30, 1, 20, 5]), "clipped 1", "ids 3"),
+    "class in one split": file_fault(lambda c: [a.update(category_id=5) for a in c["val"]["annotations"]],
+                                     "val: 1 of 2 classes have no object: dog", "both: ", "in train only: dog"),
+    "no image with objects but one": file_fault(lambda c: [a.update(image_id=2) for a in c["train"]["annotations"]],
+                                                "train: 3 of 4 images have no object (image ids 1, 3, 4)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", WARNINGS)
+def test_what_one_should_look_at_is_a_warning_and_safe(tmp_path, capsys, fault):
+    contents = make_set(tmp_path)
+    change, words, decode = WARNINGS[fault]
+    change(tmp_path, contents)
+    status, report = check(tmp_path, capsys)
+    said = "\n".join(line for line in report.splitlines() if line.startswith("warning"))
+    assert status == 0 and "STOP" not in report and report.endswith(": safe to train on\n")
+    assert all(word in said for word in words), said
+
+
+def test_more_objects_than_queries_and_empty_images(tmp_path, capsys):
+    contents = make_set(tmp_path)
+    contents["train"]["annotations"][11]["image_id"] = 1
+    contents["val"]["annotations"] = contents["val"]["annotations"][:9]
+    write_set(tmp_path, contents)
+    status, report = check(tmp_path, capsys, num_queries=3)
+    assert status == 0 and "warning  train: 1 of 4 images have more objects than the model has queries" in report
+    assert "up to 4 (image ids 1): what is beyond 3 teaches nothing" in report
+    assert "note     val: 1 of 4 images have no object (image ids 104)" in report
+
+
+def test_all_faults_of_a_split_are_told_together(tmp_path, capsys):
+    contents = make_set(tmp_path)
+    for name in ("train2017/1.jpg", "val2017/102.jpg"):
+        (tmp_path / name).unlink()
+    (tmp_path / "train2017" / "3.jpg").write_bytes(b"x")
+    contents["train"]["annotations"][3]["id"] = 1  # the file is refused; its images are looked at all the same
+    write_set(tmp_path, contents)
+    status, report = check(tmp_path, capsys)
+    assert status == 1 and report.count("STOP   ") == 4
+    assert all(name in report for name in ("1.jpg", "3.jpg", "102.jpg"))
+
+
+def test_a_folder_without_a_set(tmp_path, capsys):
+    status, report = check(tmp_path, capsys)
+    assert status == 1 and report.count("no annotation file for the split") == 2
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
+def test_a_cut_file_is_found_whatever_its_kind(tmp_path, kind):
+    path = tmp_path / "image"
+    picture().save(path, kind)
+    whole = path.read_bytes()
+    assert look_at_image(path) == look_at_image(path, decode=True) == ("", (30, 40), False)
+    pixels = read_image(path)
+    for length in range(0, len(whole) - 4, 97):
+        path.write_bytes(whole[:length])  # a PNG may lack its last bytes and still have all pixels
+        assert look_at_image(path).problem or (kind != "JPEG" and torch.equal(read_image(path), pixels))
+
+
+def test_bytes_behind_the_end_are_no_fault(tmp_path):
+    picture().save(tmp_path / "a.jpg")
+    with (tmp_path / "a.jpg").open("ab") as file:
+        file.write(bytes(500))
+    assert look_at_image(tmp_path / "a.jpg").problem == ""
+
+
+def test_threads_do_not_change_the_findings(tmp_path):
+    make_set(tmp_path)
+    (tmp_path / "train2017" / "4.jpg").unlink()
+    (tmp_path / "train2017" / "2.jpg").unlink()
+    one, many = (check_split(tmp_path, "train", 100, False, threads).findings for threads in (1, 8))
+    assert one == many and "2 of 4 images missing: 2.jpg (image id 2), 4.jpg (image id 4)" in one[0].text
+
+
+# ---------------------------------------------------------------- the launcher's part
+
+
+def test_the_quick_check_warns_of_what_the_index_tells(tmp_path):
+    contents = make_set(tmp_path)
+    contents["train"]["categories"].append({"id": 7, "name": "kite"})
+    write_set(tmp_path, contents)
+    data = CocoDataset(tmp_path / "train2017", tmp_path / "annotations" / "instances_train2017.json")
+    said = quick_check(data, num_queries=2)
+    assert len(said) == 2 and all(line.startswith(f"{data.annotations}: ") and "\n" not in line for line in said)
+    assert "4 of 4 images have more objects" in said[0] and "1 of 3 classes have no object: kite" in said[1]
+    assert len(quick_check(data, num_queries=3)) == 1
+    some = data.subset([0, 0, 3])
+    assert some.class_counts.tolist() == [2 + 2 + 1, 1 + 1 + 2, 0] == np.bincount(
+        np.concatenate([some[i].labels for i in range(3)]), minlength=3).tolist()
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_command_reads_its_arguments(server, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        coco_command(["download", str(tmp_path), "--what", "val", "--url", server.url, "--connections", "2"])
+    assert end.value.code == 0 and tree(tmp_path) == fetched("val2017")
+    with pytest.raises(SystemExit, match="DownloadError: --what x"):
+        coco_command(["download", str(tmp_path), "--what", "x", "--url", server.url])
+
+
+def test_python_m_detr_nb_coco(tmp_path):
+    make_set(tmp_path / "set")
+    (tmp_path / "set" / "val2017" / "102.jpg").unlink()
+    command = [sys.executable, "-m", "detr_nb.coco", "check", f"{tmp_path}/set", "--picture", f"{tmp_path}/p.png"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "102.jpg" in done.stdout and (tmp_path / "p.png").is_file(), done.stderr
