@@ -2,14 +2,15 @@
 
 # %% auto #0
 __all__ = ['logger', 'MATCHED', 'FALSE_ALARM', 'MISSED', 'Segments', 'read_is_thing', 'segment_lists', 'check_segment_ids',
-           'read_segments', 'PanopticIndex', 'read_panoptic_index', 'png_name', 'annotated_rows', 'require_pngs',
-           'read_segment_map', 'PanopticDataset', 'find_panoptic', 'open_panoptic', 'row_weights', 'StretchedMasks',
-           'nearest_resize', 'first_of_stuff', 'settle', 'segment_image', 'panoptic_segments', 'overlaps', 'place_of',
-           'Verdicts', 'judge', 'join_verdicts', 'class_quality', 'mean_quality', 'PanopticQuality', 'PanopticWriter',
-           'segment_entries', 'heads', 'write_panoptic_results', 'segment_colors', 'tint_segments', 'edges',
-           'deepest_point', 'draw_panoptic', 'segment_caption', 'evaluate_panoptic']
+           'read_segments', 'PanopticIndex', 'read_panoptic_index', 'png_names', 'annotated_rows', 'require_pngs',
+           'SegmentMap', 'read_segment_map', 'read_map', 'Omissions', 'PanopticDataset', 'read_panoptic_sample',
+           'fill_boxes', 'thing_boxes', 'find_panoptic', 'open_panoptic', 'segment_colors', 'places_in',
+           'tint_segments', 'deepest_point', 'segment_caption', 'draw_panoptic', 'row_weights', 'Contest',
+           'first_of_class', 'nearest_resize', 'settle', 'segment_image', 'panoptic_segments', 'overlaps', 'Verdicts',
+           'judge', 'join_verdicts', 'class_quality', 'mean_quality', 'summarize_quality', 'PanopticQuality',
+           'segment_entries', 'result_lists', 'PanopticWriter', 'write_panoptic_results', 'PanopticEvaluator']
 
-# %% ../nbs/16_panoptic.ipynb #5b7fc7c1
+# %% ../nbs/16_panoptic.ipynb #204e3f37
 import math
 import operator
 import warnings
@@ -27,7 +28,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 from pycocotools.coco import COCO
 from scipy.ndimage import distance_transform_edt
-from torch import Tensor, nn
+from torch import Tensor
 
 from .batching import Batch, CachedDataset
 from .boxes import xyxy_to_xywh
@@ -60,9 +61,9 @@ from detr_nb.coco import (
     without_garbage_collection,
     wrong_size,
 )
-from .detr import at_least_float32
+from .detr import Predictions, at_least_float32
 from .distributed import barrier, gather_objects, get_logger, is_main
-from .evaluation import CocoEvaluator, LossMeans, evaluation_mode, postprocess
+from .evaluation import CocoEvaluator, postprocess
 from .plots import class_color, show_image, text_color
 from .seeding import sample_rng
 from .shapes import boxes_around, dump, ids_to_rgb
@@ -79,10 +80,7 @@ class Segments(NamedTuple):
     crowd: Bool[Tensor, "S"]  # True: a group annotated as one region; only in the truth
     scores: Float[Tensor, "S"]  # 0..1; 1 in the truth
 
-# %% ../nbs/16_panoptic.ipynb #3a792aed
-logger = get_logger(__name__)
-
-
+# %% ../nbs/16_panoptic.ipynb #d0a2db12
 def read_is_thing(content: dict, categories: Categories, path: Path) -> Bool[Tensor, "K"]:
     "Which classes are things, by each category's own `isthing`; raises DataError naming those that do not say."
     told = {entry["id"]: entry.get("isthing") for entry in content["categories"]}
@@ -95,7 +93,7 @@ def read_is_thing(content: dict, categories: Categories, path: Path) -> Bool[Ten
         )
     return torch.tensor([bool(told[i]) for i in categories.ids])
 
-# %% ../nbs/16_panoptic.ipynb #71b3cefb
+# %% ../nbs/16_panoptic.ipynb #82552ebd
 def segment_lists(entries: list[dict], image_ids: np.ndarray, path: Path) -> list[list[dict]]:
     "The segments of each entry; raises DataError where an entry has no list of them."
     lists = [entry.get("segments_info") for entry in entries]
@@ -107,7 +105,7 @@ def segment_lists(entries: list[dict], image_ids: np.ndarray, path: Path) -> lis
             )
     return lists
 
-
+# %% ../nbs/16_panoptic.ipynb #3f1520d8
 def check_segment_ids(ids: np.ndarray, image_ids: np.ndarray, path: Path) -> None:
     "Raise DataError for a segment id that a PNG cannot hold, or that an image has twice."
     bad = np.flatnonzero((ids < 1) | (ids >= 2**24))
@@ -120,29 +118,33 @@ def check_segment_ids(ids: np.ndarray, image_ids: np.ndarray, path: Path) -> Non
         raise DataError(f"{path}: image {image_ids[twice[0]]} has two segments with the id {ids[twice[0]]}; "
                         f"ids must be unique in an image ({len(twice)} are not): number its segments anew")
 
-# %% ../nbs/16_panoptic.ipynb #d0a2db12
-def read_segments(segments: list[dict], image_ids: np.ndarray, rows: np.ndarray, num_images: int,
-                  categories: Categories, path: Path) -> tuple[np.ndarray, ObjectColumns]:
-    "The ids in the PNGs, and the segments as objects: boxes and areas as in the file, not-a-number where it has none."
+# %% ../nbs/16_panoptic.ipynb #1c5eb333
+def read_segments(
+    segments: list[dict],
+    image_ids: Int[np.ndarray, "segments"],
+    categories: Categories,
+    offsets: Int[Tensor, "images+1"],
+    path: Path,
+) -> tuple[np.ndarray, ObjectColumns]:
+    "The ids in the PNGs, and the segments as objects; boxes and areas are not-a-number where the file has none."
     ids = integers(segments, "id", "segments_info", path)
     check_segment_ids(ids, image_ids, path)
     category_ids = integers(segments, "category_id", "segments_info", path)
     labels = rows_of(category_ids, np.array(categories.ids), ids, "category_id", path)
     numbers = np.arange(1, len(ids) + 1)  # for pycocotools: unique in the file
     columns = numbers, labels, read_boxes(segments, ids, path), listed_areas(segments), read_crowd(segments, ids, path)
-    offsets = starts(torch.from_numpy(np.bincount(rows, minlength=num_images)))
     return ids, ObjectColumns(*map(torch.from_numpy, columns), offsets, None)
 
-# %% ../nbs/16_panoptic.ipynb #82552ebd
+# %% ../nbs/16_panoptic.ipynb #1e6f28d6
 class PanopticIndex(NamedTuple):
-    "All that we keep of a panoptic file: chapter 5's index, in which segments are the objects, and what the PNGs add."
+    "All that we keep of a panoptic file: chapter 5's index, with segments for objects, and what belongs to the PNGs."
 
     coco: CocoIndex
     segment_ids: Int[Tensor, "segments"]  # the numbers in the PNGs
     pictures: PackedBytes  # the PNG of each image; empty where the file has none
     is_thing: Bool[Tensor, "K"]
 
-
+# %% ../nbs/16_panoptic.ipynb #d3ca810f
 @without_garbage_collection()
 def read_panoptic_index(path: Path | str) -> PanopticIndex:
     "Read and check a file in COCO's panoptic format; raises DataError."
@@ -156,23 +158,26 @@ def read_panoptic_index(path: Path | str) -> PanopticIndex:
     order = np.argsort(rows)
     entries, image_ids, rows = [entries[i] for i in order.tolist()], image_ids[order], rows[order]
     lists = segment_lists(entries, image_ids, path)
-    segments, counts = list(chain.from_iterable(lists)), [len(found) for found in lists]
+    counts = np.zeros(len(images.ids), dtype=np.int64)
+    counts[rows] = [len(segments) for segments in lists]
+    segments, offsets = list(chain.from_iterable(lists)), starts(torch.from_numpy(counts))
     categories = read_categories({"categories": content.get("categories"), "annotations": segments}, path)
-    ids, objects = read_segments(segments, image_ids.repeat(counts), rows.repeat(counts), len(images.ids), categories, path)
-    pictures = [b""] * len(images.ids)
-    for row, entry in zip(rows.tolist(), entries):
-        pictures[row] = png_name(entry, path)
-    index = CocoIndex(images, objects, categories)
-    is_thing = read_is_thing(content, categories, path)
-    return PanopticIndex(index, torch.from_numpy(ids), PackedBytes.pack(pictures), is_thing)
+    ids, objects = read_segments(segments, image_ids.repeat(counts[rows]), categories, offsets, path)
+    names = png_names(entries, rows, len(images.ids), path)
+    index, is_thing = CocoIndex(images, objects, categories), read_is_thing(content, categories, path)
+    return PanopticIndex(index, torch.from_numpy(ids), names, is_thing)
 
-# %% ../nbs/16_panoptic.ipynb #3f1520d8
-def png_name(entry: dict, path: Path) -> bytes:
-    "The file name of an entry's PNG; raises DataError when there is none."
-    name = entry.get("file_name")
-    if not (isinstance(name, str) and name):
-        raise DataError(f"{path}: the entry of image {entry['image_id']} has file_name {name!r}; it must name its PNG")
-    return name.encode("utf-8", "surrogatepass")
+# %% ../nbs/16_panoptic.ipynb #38749a0b
+def png_names(entries: list[dict], rows: Int[np.ndarray, "entries"], num_images: int, path: Path) -> PackedBytes:
+    "The PNG of each image, empty without an entry; raises DataError for an entry that names none."
+    names = [b""] * num_images
+    for row, entry in zip(rows.tolist(), entries):
+        name = entry.get("file_name")
+        if not (isinstance(name, str) and name):
+            raise DataError(f"{path}: the entry of image {entry['image_id']} has file_name {name!r}; "
+                            "it must name its PNG")
+        names[row] = name.encode("utf-8", "surrogatepass")
+    return PackedBytes.pack(names)
 
 
 def annotated_rows(index: PanopticIndex, path: Path) -> Int[Tensor, "rows"]:
@@ -184,7 +189,7 @@ def annotated_rows(index: PanopticIndex, path: Path) -> Int[Tensor, "rows"]:
                       f"(image ids {named(without.tolist())})", DataWarning, stacklevel=3)
     return lengths.nonzero()[:, 0]
 
-
+# %% ../nbs/16_panoptic.ipynb #af3f04b7
 def require_pngs(folder: Path, pictures: PackedBytes, annotations: Path) -> None:
     "Raise DataError when the folder of the PNGs, or one of them, is not there."
     if not folder.is_dir():
@@ -195,13 +200,74 @@ def require_pngs(folder: Path, pictures: PackedBytes, annotations: Path) -> None
         raise DataError(f"{len(missing)} of {len(names)} segment maps that {annotations} lists are not in {folder}: "
                         f"{named(missing)}. Is this the right folder, and is it complete?")
 
-# %% ../nbs/16_panoptic.ipynb #1c5eb333
+# %% ../nbs/16_panoptic.ipynb #e041eb17
+class SegmentMap(NamedTuple):
+    "A PNG, and what it shows of the segments that the JSON lists for it."
+
+    pixels: Int[Tensor, "H W"]  # ids; 0 also where the JSON does not list the id
+    rows: Int[Tensor, "S"]  # of the index
+    masks: Bool[Tensor, "S H W"]
+    areas: Int[Tensor, "S"]  # pixels; 0 for a segment that is listed and not there
+    unlisted: list[int]  # ids that only the PNG has
+
+
 def read_segment_map(path: Path) -> Int[Tensor, "H W"]:
     "The ids in a PNG, R + 256 G + 65536 B; raises DataError when it is missing or broken."
     red, green, blue = read_image(path).to(torch.int32)
     return red + (green << 8) + (blue << 16)
 
-# %% ../nbs/16_panoptic.ipynb #1e6f28d6
+# %% ../nbs/16_panoptic.ipynb #1c8188a2
+def read_map(index: PanopticIndex, row: int, folder: Path, annotations: Path) -> SegmentMap:
+    "The PNG of the image in `row`; raises DataError when it is not of the image's size, or has no listed id."
+    path = folder / index.pictures.item(row).decode("utf-8", "surrogatepass")
+    pixels, size = read_segment_map(path), tuple(index.coco.images.sizes[row].tolist())
+    rows = torch.arange(*index.coco.objects.offsets[row : row + 2].tolist())
+    if tuple(pixels.shape) != size:
+        raise DataError(f"segment map {path} is {pixels.shape[1]}x{pixels.shape[0]} (width x height), but {annotations}"
+                        f" lists image {index.coco.images.ids[row]} as {size[1]}x{size[0]}: it belongs to another "
+                        "picture, or was resized")
+    masks = pixels == index.segment_ids[rows].int()[:, None, None]
+    areas, unlisted = masks.flatten(1).sum(1), []
+    if len(rows) and not areas.any():
+        raise DataError(
+            f"segment map {path} has no pixel of the {len(rows)} segments that {annotations} lists for image "
+            f"{index.coco.images.ids[row]} (ids {named(index.segment_ids[rows].tolist())}); its ids are "
+            f"{named(pixels.unique().tolist())}. Is it another image's, or were its colours changed? "
+            "They mean id = R + 256 G + 65536 B"
+        )
+    if int(areas.sum()) + int((pixels == 0).sum()) < pixels.numel():
+        strange = ~masks.any(0) & (pixels != 0)
+        unlisted = pixels[strange].unique().tolist()
+        pixels[strange] = 0
+    return SegmentMap(pixels, rows, masks, areas, unlisted)
+
+# %% ../nbs/16_panoptic.ipynb #c060e68d
+logger = get_logger(__name__)
+
+
+class Omissions:
+    "Counts what this process left out while it read; the log hears of the 1st, 10th, 100th ... image of each kind."
+
+    def __init__(self, annotations: Path):
+        self.annotations = annotations
+        self.images: dict[str, dict[int, int]] = {}  # kind -> image id -> how many
+
+    def add(self, kind: str, image_id: int, ids: list[int]) -> None:
+        "Note an image's segment ids that are left out; an image counts once."
+        if not ids or image_id in self.images.get(kind, {}):
+            return
+        seen = self.images.setdefault(kind, {})
+        seen[image_id] = len(ids)
+        if str(len(seen)).rstrip("0") == "1":
+            logger.warning("%s: left out %d %s, of %d images so far; the last is image %d, ids %s", self.annotations,
+                           sum(seen.values()), kind, len(seen), image_id, named(ids))
+
+    def note(self, image_id: int, ids: Int[Tensor, "S"], found: SegmentMap) -> None:
+        "Note what the JSON and the PNG of an image disagree about."
+        self.add("segments without pixels in the PNG", image_id, ids[found.areas == 0].tolist())
+        self.add("ids in the PNG that the JSON does not list", image_id, found.unlisted)
+
+# %% ../nbs/16_panoptic.ipynb #f7c2fb41
 class PanopticDataset(CocoDataset):
     "A set in COCO's panoptic format: a JSON file, a folder of images and a folder of PNGs that hold segment ids."
 
@@ -215,116 +281,78 @@ class PanopticDataset(CocoDataset):
     ):
         "Read and check the JSON file, and that images and PNGs are there; raises DataError."
         self.folder, self.annotations = Path(images).expanduser(), Path(annotations).expanduser()
-        self.png_folder, self.transform, self.seed, self.with_masks = Path(png_folder).expanduser(), transform, seed, True
+        self.png_folder = Path(png_folder).expanduser()
+        self.transform, self.seed, self.with_masks = transform, seed, True
         self.panoptic = read_panoptic_index(self.annotations)
         self.index, self.is_thing = self.panoptic.coco, self.panoptic.is_thing
         require_files(self.folder, self.index.images, self.annotations)
         require_pngs(self.png_folder, self.panoptic.pictures, self.annotations)
-        self.rows = annotated_rows(self.panoptic, self.annotations)
-        self.skipped: dict[str, dict[int, int]] = {}  # what this process left out: reason -> image id -> how many
+        self.rows, self.skipped = annotated_rows(self.panoptic, self.annotations), Omissions(self.annotations)
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         "The sample at `index`, or at `(epoch, index)`: the epoch chooses the transform's random numbers."
         epoch, index = key if isinstance(key, tuple) else (0, key)
         index = range(len(self))[operator.index(index)]
-        sample = self.read(index)
+        sample = read_panoptic_sample(self, int(self.rows[index]))
         return self.transform(sample, sample_rng(self.seed, epoch, index)) if self.transform else sample
-
-    def read(self, index: int) -> Sample:
-        "The image with its things and stuff as targets; crowds and segments without pixels are left out."
-        row = int(self.rows[index])
-        image_id, size = int(self.index.images.ids[row]), self.size(row)
-        path = self.folder / self.index.images.names.item(row).decode("utf-8", "surrogatepass")
-        image = read_image(path)
-        if tuple(image.shape[1:]) != size:
-            raise DataError(wrong_size(path, self.annotations, image_id, tuple(image.shape[1:]), size))
-        _, masks, own, areas = self.read_map(row)
-        real = ~self.index.objects.crowd[own] & (areas > 0)
-        masks, labels = masks[real], self.index.objects.labels[own][real]
-        boxes = torch.from_numpy(boxes_around(masks.numpy())).float()
-        return Sample(image, labels, boxes, image_id, size, masks)
 
     def segments(self, index: int) -> Segments:
         "The truth about an image with its crowds, as the evaluation needs it; segments without pixels are left out."
-        pixels, _, own, areas = self.read_map(int(self.rows[index]))
-        own, areas = own[areas > 0], areas[areas > 0]
-        labels = self.index.objects.labels[own]
-        crowd, scores = self.index.objects.crowd[own], torch.ones(len(own))
-        return Segments(pixels, self.panoptic.segment_ids[own], labels, areas, self.is_thing[labels], crowd, scores)
+        found = self.segment_map(int(self.rows[index]))
+        own, areas = found.rows[found.areas > 0], found.areas[found.areas > 0]
+        labels, crowd = self.index.objects.labels[own], self.index.objects.crowd[own]
+        ids, scores = self.panoptic.segment_ids[own], torch.ones(len(own))
+        return Segments(found.pixels, ids, labels, areas, self.is_thing[labels], crowd, scores)
 
-    def file_names(self) -> list[str]:
-        "The file of each image, relative to the folder."
-        names = self.index.images.names.unpack()
-        return [names[row].decode("utf-8", "surrogatepass") for row in self.rows.tolist()]
-
-    def size(self, row: int) -> tuple[int, int]:
-        "(height, width) of the image in a row of the index."
-        return tuple(self.index.images.sizes[row].tolist())
-
-    def read_map(self, row: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        "Ids by pixel, 0 where the JSON lists none; masks, rows and areas of the listed segments. Raises DataError."
-        name = self.panoptic.pictures.item(row).decode("utf-8", "surrogatepass")
-        path, image_id = self.png_folder / name, int(self.index.images.ids[row])
-        pixels = read_segment_map(path)
-        if tuple(pixels.shape) != self.size(row):
-            raise DataError(f"segment map {path} is {pixels.shape[1]}x{pixels.shape[0]} (width x height), but "
-                            f"{self.annotations} lists image {image_id} as {'x'.join(map(str, self.size(row)[::-1]))}: "
-                            "it belongs to another picture, or was resized")
-        own = torch.arange(*self.index.objects.offsets[row : row + 2].tolist())
-        ids = self.panoptic.segment_ids[own]
-        masks = pixels == ids.int()[:, None, None]
-        areas = masks.flatten(1).sum(1)
-        self.compare(path, image_id, pixels, ids, areas)
-        return pixels, masks, own, areas
-
-    def compare(self, path: Path, image_id: int, pixels: Tensor, ids: Tensor, areas: Tensor) -> None:
-        "Make pixels of unlisted ids void, note them and segments without pixels; DataError when nothing fits."
-        empty = ids[areas == 0].tolist()
-        if len(ids) and len(empty) == len(ids):
-            found = pixels.unique().tolist()
-            raise DataError(f"segment map {path} has no pixel of the {len(ids)} segments that {self.annotations} lists "
-                            f"for image {image_id} (ids {named(ids.tolist())}); its ids are {named(found)}. "
-                            "Is it another image's, or was it saved with other colours than id = R + 256 G + 65536 B?")
-        if empty:
-            self.note("segments without pixels in the PNG", image_id, empty, path)
-        if int(areas.sum()) + int((pixels == 0).sum()) < pixels.numel():
-            unlisted = ~torch.isin(pixels, torch.cat([ids, ids.new_zeros(1)]).int())
-            self.note("ids in the PNG that the JSON does not list", image_id, pixels[unlisted].unique().tolist(), path)
-            pixels[unlisted] = 0
-
-    def note(self, reason: str, image_id: int, ids: list[int], path: Path) -> None:
-        "Count what is left out; the log hears of the 1st, 10th, 100th ... image of each kind."
-        images = self.skipped.setdefault(reason, {})
-        if image_id in images:
-            return
-        images[image_id] = len(ids)
-        if str(len(images)).rstrip("0") == "1":
-            logger.warning("%s: left out %d %s, in %d image(s) so far; here image %d (%s), ids %s", self.annotations,
-                           sum(images.values()), reason, len(images), image_id, path.name, named(ids))
+    def segment_map(self, row: int) -> SegmentMap:
+        "The PNG of a row of the index; notes what is left out of it."
+        found = read_map(self.panoptic, row, self.png_folder, self.annotations)
+        self.skipped.note(int(self.index.images.ids[row]), self.panoptic.segment_ids[found.rows], found)
+        return found
 
     def coco_api(self) -> COCO:
         "A new pycocotools COCO of the things of this set's images, for box AP."
-        objects = self.index.objects
-        keep = self.is_thing[objects.labels]
-        kept = starts(keep.long())[objects.offsets]
-        boxes, areas = self.listed_or_measured()
-        columns = (objects.ids, objects.labels, boxes, areas, objects.crowd)
-        things = ObjectColumns(*(column[keep] for column in columns), kept, None)
-        return to_pycocotools(self.index._replace(objects=things), self.rows)
+        return to_pycocotools(self.index._replace(objects=thing_boxes(self)), self.rows)
 
-    def listed_or_measured(self) -> tuple[Tensor, Tensor]:
-        "Boxes (xywh) and areas as in the file; those of this set's images that it lacks, from the PNGs."
-        boxes, areas = self.index.objects.boxes.clone(), self.index.objects.areas.clone()
-        lacking = boxes.isnan().any(1) | areas.isnan()
-        bounds = starts(lacking.long())[self.index.objects.offsets]
-        for row in self.rows[bounds.diff()[self.rows] > 0].tolist():
-            _, masks, own, measured = self.read_map(row)
-            around = torch.from_numpy(boxes_around(masks.numpy())).double()
-            around[measured == 0] = 0
-            boxes[own], areas[own] = xyxy_to_xywh(around), measured.double()
-        return boxes, areas
+# %% ../nbs/16_panoptic.ipynb #c405d1f1
+def read_panoptic_sample(dataset: PanopticDataset, row: int) -> Sample:
+    "The image in `row` with its things and stuff as targets; crowds and segments without pixels are left out."
+    images, objects = dataset.index.images, dataset.index.objects
+    image_id, size = int(images.ids[row]), tuple(images.sizes[row].tolist())
+    path = dataset.folder / images.names.item(row).decode("utf-8", "surrogatepass")
+    image = read_image(path)
+    if tuple(image.shape[1:]) != size:
+        raise DataError(wrong_size(path, dataset.annotations, image_id, tuple(image.shape[1:]), size))
+    found = dataset.segment_map(row)
+    real = ~objects.crowd[found.rows] & (found.areas > 0)
+    masks, labels = found.masks[real], objects.labels[found.rows[real]]
+    boxes = torch.from_numpy(boxes_around(masks.numpy())).float()
+    return Sample(image, labels, boxes, image_id, size, masks)
 
-# %% ../nbs/16_panoptic.ipynb #d3ca810f
+# %% ../nbs/16_panoptic.ipynb #e6d6a65f
+def fill_boxes(dataset: PanopticDataset) -> tuple[Float[Tensor, "segments 4"], Float[Tensor, "segments"]]:
+    "Boxes (xywh) and areas as the JSON has them; those of the set's images that it lacks, from the PNGs."
+    objects = dataset.index.objects
+    boxes, areas = objects.boxes.clone(), objects.areas.clone()
+    lacking = starts((boxes.isnan().any(1) | areas.isnan()).long())[objects.offsets].diff()
+    for row in dataset.rows[lacking[dataset.rows] > 0].tolist():
+        found = dataset.segment_map(row)
+        seen = found.areas > 0
+        around = torch.from_numpy(boxes_around(found.masks[seen].numpy())).double()
+        boxes[found.rows], areas[found.rows] = 0.0, found.areas.double()
+        boxes[found.rows[seen]] = xyxy_to_xywh(around)
+    return boxes, areas
+
+
+def thing_boxes(dataset: PanopticDataset) -> ObjectColumns:
+    "The columns of a panoptic set's objects, without the stuff."
+    objects = dataset.index.objects
+    boxes, areas = fill_boxes(dataset)
+    keep = dataset.is_thing[objects.labels]
+    columns = objects.ids, objects.labels, boxes, areas, objects.crowd
+    return ObjectColumns(*(column[keep] for column in columns), starts(keep.long())[objects.offsets], None)
+
+# %% ../nbs/16_panoptic.ipynb #30770e6c
 def find_panoptic(root: Path | str, split: str) -> tuple[Path, Path]:
     "The JSON file and the PNG folder of a split in `root`; raises DataError."
     root = Path(root).expanduser()
@@ -344,7 +372,7 @@ def find_panoptic(root: Path | str, split: str) -> tuple[Path, Path]:
             return found[0], folder
     raise DataError(f"no folder of segment maps for {found[0]}: looked for {named(folders)}. Unpack the PNGs there")
 
-
+# %% ../nbs/16_panoptic.ipynb #d3c1e22c
 def open_panoptic(
     coco_panoptic_path: Path | str,  # holds annotations/panoptic_{split}2017.json and panoptic_{split}2017/
     image_path: Path | str | None,  # holds {split}2017/; None: the same folder
@@ -362,46 +390,127 @@ def open_panoptic(
     raise DataError(f"no folder of images for {annotations}: looked for {named(folders)}. Name the folder that holds "
                     f"{name} with --coco_path")
 
-# %% ../nbs/16_panoptic.ipynb #38749a0b
-def row_weights(rows_in: int, rows_out: int) -> tuple[list[int], list[int], list[float]]:
-    "For each row of the larger image the two rows it lies between, and the share of the second (bilinear)."
+# %% ../nbs/16_panoptic.ipynb #853375d3
+def segment_colors(segments: Segments) -> Float[np.ndarray, "S 3"]:
+    "A colour for each segment: things as their class, later ones of a class turned away from it; stuff faded."
+    colors, seen = [], {}
+    for label, thing in zip(segments.labels.tolist(), segments.is_thing.tolist()):
+        hue, saturation, value = rgb_to_hsv(*class_color(label))
+        place = seen[label] = seen.get(label, -1) + 1
+        turn = (place + 1) // 2 * (0.07 if place % 2 else -0.07)
+        if thing:
+            colors.append(hsv_to_rgb((hue + turn) % 1, saturation, value * 0.85 ** (place // 5)))
+        else:
+            colors.append(hsv_to_rgb(hue, 0.35 * saturation, 0.5 + 0.4 * value))
+    return np.array(colors).reshape(-1, 3)
+
+# %% ../nbs/16_panoptic.ipynb #d9f3bad4
+def places_in(values: Int[np.ndarray, "*N"], ids: Int[Tensor, "S"]) -> Int[np.ndarray, "*N"]:
+    "Each value's place in `ids`, from 1; 0 for a value that is not there."
+    known, order = ids.sort()
+    known, order = np.concatenate([[-1], known.numpy()]), np.concatenate([[0], order.numpy() + 1])
+    place = np.searchsorted(known, values).clip(max=len(known) - 1)
+    return np.where(known[place] == values, order[place], 0)
+
+
+def tint_segments(
+    image: UInt8[Tensor, "3 H W"],
+    segments: Segments,  # of the image's size
+    line: int = 1,  # pixels of the outlines
+) -> UInt8[Tensor, "3 H W"]:
+    "The image with a tint over each segment, strong on things, light on stuff, and white lines between them."
+    owner = places_in(segments.pixels.numpy(), segments.ids)
+    colors = np.concatenate([[(0.5, 0.5, 0.5)], segment_colors(segments)])
+    strength = np.concatenate([[0.0], np.where(segments.is_thing, 0.62, 0.45)])[owner][..., None]
+    picture = image.permute(1, 2, 0).numpy() * (1 - strength) + 255 * colors[owner] * strength
+    for step in range(1, line + 1):
+        picture[:-step][owner[:-step] != owner[step:]] = 255
+        picture[:, :-step][owner[:, :-step] != owner[:, step:]] = 255
+    return torch.from_numpy(picture.round().astype(np.uint8)).permute(2, 0, 1)
+
+# %% ../nbs/16_panoptic.ipynb #fd178c6c
+def deepest_point(mask: Bool[np.ndarray, "H W"]) -> tuple[float, float]:  # x, y
+    "The middle of the pixel that lies farthest from the mask's border."
+    left, top, right, bottom = boxes_around(mask[None])[0]
+    depth = distance_transform_edt(np.pad(mask[top:bottom, left:right], 1))
+    y, x = np.unravel_index(depth.argmax(), depth.shape)
+    return float(left + x - 0.5), float(top + y - 0.5)
+
+
+def segment_caption(segments: Segments, place: int, names: Sequence[str]) -> str:
+    "The name of a segment's class, in brackets for a crowd, with its score where that is not 1."
+    name, score = names[int(segments.labels[place])], float(segments.scores[place])
+    name = f"({name})" if segments.crowd[place] else name
+    return name if score == 1 else f"{name} {score:.2f}"
+
+# %% ../nbs/16_panoptic.ipynb #6741726d
+def draw_panoptic(
+    image: UInt8[Tensor, "3 H W"],
+    segments: Segments,  # of the image's size
+    names: Sequence[str],  # names[label]
+    ax: Axes | None = None,  # a new figure when None
+    title: str | None = None,
+    min_area: float = 0.004,  # share of the image; smaller segments bear no name
+) -> Axes:
+    "Draw the image with its segments tinted, outlined and named."
+    scale = max(1, 640 // max(image.shape[1:]))  # so that outlines are thinner than a pixel of a small image
+    fine, pixels = (x.repeat_interleave(scale, -1).repeat_interleave(scale, -2) for x in (image, segments.pixels))
+    ax = show_image(tint_segments(fine, segments._replace(pixels=pixels), line=2), ax, title)
+    for place, color in enumerate(segment_colors(segments)):
+        if segments.areas[place] < min_area * segments.pixels.numel():
+            continue
+        x, y = deepest_point((pixels == segments.ids[place]).numpy())
+        plate = {"facecolor": color, "edgecolor": "none", "alpha": 0.85, "boxstyle": "round,pad=0.15"}
+        ax.text(x, y, segment_caption(segments, place, names), color=text_color(tuple(color)), fontsize=7.5,
+                ha="center", va="center", bbox=plate, style="normal" if segments.is_thing[place] else "italic")
+    return ax
+
+# %% ../nbs/16_panoptic.ipynb #790422aa
+def row_weights(rows_in: int, rows_out: int) -> list[tuple[int, int, float]]:
+    "For each row of the larger map the two rows it lies between, and the share of the second (bilinear)."
     place = ((torch.arange(rows_out) + 0.5) * (rows_in / rows_out) - 0.5).clamp(min=0)
     above = place.long().clamp(max=rows_in - 1)
-    return above.tolist(), (above + 1).clamp(max=rows_in - 1).tolist(), (place - above).tolist()
+    below = (above + 1).clamp(max=rows_in - 1)
+    return list(zip(above.tolist(), below.tolist(), (place - above).tolist()))
 
-
-class StretchedMasks:
-    "Masks at full width and a quarter of the height; whole rows are made, compared and forgotten one at a time."
+# %% ../nbs/16_panoptic.ipynb #6541a4af
+class Contest:
+    "For each pixel of an image the strongest mask; the enlarged masks exist for one row at a time (on the CPU)."
 
     def __init__(
         self,
-        masks: Float[Tensor, "K h w"],  # logits, of the padded image
+        masks: Float[Tensor, "K h w"],  # logits, of the padded image; at least one
         canvas: tuple[int, int],  # (height, width) of the padded image
         size: tuple[int, int],  # (height, width) of the image in its upper left corner
     ):
-        wide = masks.cpu()[None].contiguous(memory_format=torch.channels_last)  # one pixel's masks side by side
+        wide = masks.cpu()[None].contiguous(memory_format=torch.channels_last)  # the masks of a pixel side by side
         wide = F.interpolate(wide, (masks.shape[1], canvas[1]), mode="bilinear", align_corners=False)
         self.columns = wide[0, :, :, : size[1]].permute(1, 2, 0).contiguous()  # (h, W, K)
-        above, below, share = row_weights(masks.shape[1], canvas[0])
-        self.rows = list(zip(above, below, share))[: size[0]]
-        self.winners = torch.empty(size, dtype=torch.int64)  # for each pixel the mask with the greatest logit
+        self.rows = row_weights(masks.shape[1], canvas[0])
+        self.winners = torch.empty(size, dtype=torch.int64)  # 0..K-1
         for row in range(size[0]):
-            self.compete(row, slice(None))
+            self.decide(row, slice(None))
 
-    def compete(self, row: int, places: slice | Tensor) -> None:
+    def decide(self, row: int, places: slice | Tensor) -> None:
         "Find the winners at some places of a row."
         above, below, share = self.rows[row]
         line = torch.lerp(self.columns[above, places], self.columns[below, places], share)
-        self.winners[row, places] = torch.from_numpy(line.numpy().argmax(-1))  # numpy's is the faster one
+        self.winners[row, places] = torch.from_numpy(line.numpy().argmax(-1))  # numpy's is the fastest one
 
     def withdraw(self, masks: Bool[Tensor, "K"]) -> None:
-        "Take masks out of the competition; their pixels go to the best of the others."
+        "Take masks out of the contest; their pixels go to the best of the others."
         self.columns[..., masks] = torch.finfo(self.columns.dtype).min
         lost = masks[self.winners]
         for row in lost.any(1).nonzero()[:, 0].tolist():
-            self.compete(row, lost[row].nonzero()[:, 0])
+            self.decide(row, lost[row].nonzero()[:, 0])
 
-# %% ../nbs/16_panoptic.ipynb #af3f04b7
+# %% ../nbs/16_panoptic.ipynb #fd5bc4eb
+def first_of_class(labels: Int[np.ndarray, "K"], is_thing: Bool[np.ndarray, "K"]) -> Int[np.ndarray, "K"]:
+    "For each mask the first mask of its segment: all masks of one stuff class are one segment, a thing is its own."
+    same = (labels[:, None] == labels) & ~is_thing
+    return np.where(is_thing, np.arange(len(labels)), same.argmax(1))
+
+
 def nearest_resize(values: Int[np.ndarray, "H W"], size: tuple[int, int]) -> Int[np.ndarray, "h w"]:
     "Resize a map of whole numbers (below 2^31) by taking the nearest pixel."
     if values.shape == tuple(size):
@@ -409,34 +518,27 @@ def nearest_resize(values: Int[np.ndarray, "H W"], size: tuple[int, int]) -> Int
     picture = Image.fromarray(values.astype(np.int32))
     return np.array(picture.resize((size[1], size[0]), Image.Resampling.NEAREST)).astype(np.int64)
 
-# %% ../nbs/16_panoptic.ipynb #ebf43486
-def first_of_stuff(labels: Int[np.ndarray, "K"], is_thing: Bool[np.ndarray, "K"]) -> Int[np.ndarray, "K"]:
-    "For each mask its segment, named by its first mask: all masks of one stuff class share one, a thing is its own."
-    own = np.arange(len(labels))
-    same = (labels[:, None] == labels) & ~is_thing
-    return np.where(is_thing, own, same.argmax(1))
-
-
+# %% ../nbs/16_panoptic.ipynb #017b8399
 def settle(
-    masks: StretchedMasks,
-    segment: Int[np.ndarray, "K"],  # see `first_of_stuff`
-    target_size: tuple[int, int],
+    contest: Contest,
+    first: Int[np.ndarray, "K"],  # see `first_of_class`
+    target_size: tuple[int, int],  # (height, width) of the result
     join_stuff: bool,
-    max_small: int = 4,  # pixels of a segment that is too small to stay
-) -> Int[np.ndarray, "H W"]:  # the mask, 0..K-1, that each pixel belongs to; -1 when none is left
-    "Give each pixel to one mask, withdraw the masks of small segments, and again, until all are large enough."
-    standing = np.ones(len(segment), dtype=bool)
+    max_small: int = 4,  # pixels; a segment of that many or fewer goes
+) -> Int[np.ndarray, "H W"]:  # the first mask of the segment that each pixel belongs to; -1 when none is left
+    "Withdraw the masks of small segments, again and again, until all segments are large enough."
+    standing = np.ones(len(first), dtype=bool)
     while standing.any():
-        shown = nearest_resize(masks.winners.numpy(), target_size)
-        areas = np.bincount(segment[shown].ravel(), minlength=len(segment))
-        small = standing & ((areas[segment] if join_stuff else areas) <= max_small)
+        owner = first[nearest_resize(contest.winners.numpy(), target_size)]
+        areas = np.bincount(owner.ravel(), minlength=len(first))
+        small = standing & ((areas[first] if join_stuff else areas) <= max_small)
         if not small.any():
-            return segment[shown]
+            return owner
         standing &= ~small
-        masks.withdraw(torch.from_numpy(small))
+        contest.withdraw(torch.from_numpy(small))
     return np.full(target_size, -1)
 
-# %% ../nbs/16_panoptic.ipynb #e041eb17
+# %% ../nbs/16_panoptic.ipynb #87acdd42
 def segment_image(
     logits: Float[Tensor, "Q C+1"],
     masks: Float[Tensor, "Q h w"],
@@ -447,24 +549,22 @@ def segment_image(
     threshold: float,
     join_stuff: bool,
 ) -> Segments:
-    "`panoptic_segments` for one image."
+    "What `panoptic_segments` does for one image."
     scores, labels = at_least_float32(logits).softmax(-1).max(-1)
     keep = (labels < len(is_thing)) & (scores > threshold)
     scores, labels = scores[keep].cpu(), labels[keep].cpu()
-    thing = is_thing.cpu()[labels]
-    owner = np.full(target_size, -1)
+    thing, owner = is_thing.cpu()[labels], np.full(target_size, -1)
     if len(labels):
-        stretched = StretchedMasks(at_least_float32(masks[keep]), canvas, size)
-        owner = settle(stretched, first_of_stuff(labels.numpy(), thing.numpy()), target_size, join_stuff)
+        contest = Contest(at_least_float32(masks[keep]), canvas, size)
+        owner = settle(contest, first_of_class(labels.numpy(), thing.numpy()), target_size, join_stuff)
     areas = np.bincount(owner.ravel() + 1, minlength=len(labels) + 1)[1:]
-    kept = torch.from_numpy(np.flatnonzero(areas))
     numbers = np.concatenate([[0], (areas > 0).cumsum()])  # 1..S, in the order of the queries
-    pixels = torch.from_numpy(numbers[owner + 1]).int()
-    crowd = torch.zeros(len(kept), dtype=torch.bool)
-    return Segments(pixels, torch.arange(1, len(kept) + 1), labels[kept], torch.from_numpy(areas)[kept], thing[kept],
-                    crowd, scores[kept])
+    kept = torch.from_numpy(np.flatnonzero(areas))
+    pixels, ids = torch.from_numpy(numbers[owner + 1]).int(), torch.arange(1, len(kept) + 1)
+    return Segments(pixels, ids, labels[kept], torch.from_numpy(areas)[kept], thing[kept],
+                    torch.zeros(len(kept), dtype=torch.bool), scores[kept])
 
-# %% ../nbs/16_panoptic.ipynb #1c8188a2
+# %% ../nbs/16_panoptic.ipynb #570fef1e
 @torch.no_grad()
 def panoptic_segments(
     logits: Float[Tensor, "B Q C+1"],  # of the last decoder layer; the last class is no-object
@@ -476,7 +576,7 @@ def panoptic_segments(
     canvas: tuple[int, int] | None = None,  # (height, width) of the padded images; None: the largest of `sizes`
     join_stuff: bool = False,  # stuff masks keep their pixels when they become one; see "Where we differ"
 ) -> list[Segments]:
-    "Each image as one map: every pixel goes to the strongest mask (Carion et al. 2020, sec. 4.3; on the CPU)."
+    "One map for each image: every pixel goes to the strongest mask (Carion et al. 2020, sec. 4.4); on the CPU."
     if logits.shape[-1] != len(is_thing) + 1:
         raise ValueError(f"{logits.shape[-1]} logits a query are for {logits.shape[-1] - 1} classes and no-object, but "
                          f"is_thing has {len(is_thing)} entries: take it from the data set the model was trained on")
@@ -484,24 +584,16 @@ def panoptic_segments(
     return [segment_image(*image, canvas, tuple(size), tuple(target_size), is_thing, threshold, join_stuff)
             for *image, size, target_size in zip(logits, masks, sizes.tolist(), target_sizes.tolist())]
 
-# %% ../nbs/16_panoptic.ipynb #c060e68d
+# %% ../nbs/16_panoptic.ipynb #8590d484
 def overlaps(truth: Segments, found: Segments) -> Int[np.ndarray, "T+1 F+1"]:
     "Pixels that each segment of one map shares with each of the other; the first row and column are void."
     pairs = truth.pixels.numpy().astype(np.int64) << 24 | found.pixels.numpy()
     values, counts = np.unique(pairs, return_counts=True)
     table = np.zeros((len(truth.ids) + 1, len(found.ids) + 1), dtype=np.int64)
-    np.add.at(table, (place_of(values >> 24, truth.ids), place_of(values & 0xFFFFFF, found.ids)), counts)
+    np.add.at(table, (places_in(values >> 24, truth.ids), places_in(values & 0xFFFFFF, found.ids)), counts)
     return table
 
-
-def place_of(values: Int[np.ndarray, "N"], ids: Int[Tensor, "S"]) -> Int[np.ndarray, "N"]:
-    "Each value's place in `ids`, from 1; 0 for a value that is not there."
-    known, order = ids.sort()
-    known, order = np.concatenate([[-1], known.numpy()]), np.concatenate([[0], order.numpy() + 1])
-    place = np.searchsorted(known, values).clip(max=len(known) - 1)
-    return np.where(known[place] == values, order[place], 0)
-
-# %% ../nbs/16_panoptic.ipynb #f7c2fb41
+# %% ../nbs/16_panoptic.ipynb #5bf06f09
 MATCHED, FALSE_ALARM, MISSED = 0, 1, 2
 
 
@@ -514,7 +606,7 @@ class Verdicts(NamedTuple):
     kinds: Int[np.ndarray, "R"]  # MATCHED, a pair; FALSE_ALARM, a segment found; MISSED, one of the truth
     ious: Float[np.ndarray, "R"]  # of matched pairs, above 1/2; else 0
 
-
+# %% ../nbs/16_panoptic.ipynb #72dce5a2
 def judge(image_id: int, truth: Segments, found: Segments) -> Verdicts:
     "Match the segments of one image (Kirillov et al. 2019, sec. 4); raises ValueError for maps of different sizes."
     if truth.pixels.shape != found.pixels.shape:
@@ -526,15 +618,16 @@ def judge(image_id: int, truth: Segments, found: Segments) -> Verdicts:
     iou = shared / np.maximum(area_truth[:, None] + area_found - shared - void, 1)
     same = truth.labels.numpy()[:, None] == found.labels.numpy()
     matched = same & (iou > 0.5) & ~crowd[:, None]
-    missed = ~crowd & ~matched.any(1)
     unjudged = void + (shared * (same & crowd[:, None])).sum(0)
     false_alarm = ~matched.any(0) & (unjudged <= 0.5 * area_found)
-    labels = [truth.labels.numpy()[matched.nonzero()[0]], found.labels.numpy()[false_alarm], truth.labels.numpy()[missed]]
-    kinds = np.repeat([MATCHED, FALSE_ALARM, MISSED], [len(part) for part in labels])
+    missed = ~matched.any(1) & ~crowd
+    own, theirs = truth.labels.numpy(), found.labels.numpy()
+    parts = own[matched.nonzero()[0]], theirs[false_alarm], own[missed]
+    kinds = np.repeat([MATCHED, FALSE_ALARM, MISSED], [len(part) for part in parts])
     ious = np.concatenate([iou[matched], np.zeros(len(kinds) - matched.sum())])
-    return Verdicts(np.array([image_id]), np.array([len(kinds)]), np.concatenate(labels), kinds, ious)
+    return Verdicts(np.array([image_id]), np.array([len(kinds)]), np.concatenate(parts), kinds, ious)
 
-# %% ../nbs/16_panoptic.ipynb #c405d1f1
+# %% ../nbs/16_panoptic.ipynb #a3675958
 def join_verdicts(parts: Sequence[Verdicts]) -> Verdicts:
     "Several packs as one, each image once: the first time it was judged counts."
     empty = np.zeros(0, dtype=np.int64)
@@ -544,9 +637,9 @@ def join_verdicts(parts: Sequence[Verdicts]) -> Verdicts:
     rows = first.repeat(joined.counts)
     return Verdicts(joined.image_ids[first], joined.counts[first], *(column[rows] for column in joined[2:]))
 
-
+# %% ../nbs/16_panoptic.ipynb #c496f122
 def class_quality(verdicts: Verdicts, num_classes: int) -> Float[np.ndarray, "K 3"]:
-    "PQ, SQ and RQ of each class, 0..1; not-a-number for a class without segments (Kirillov et al. 2019, eq. 1 and 2)."
+    "PQ, SQ and RQ of each class, 0..1; not-a-number for a class without segments (Kirillov et al. 2019, sec. 4.1)."
     result = np.full((num_classes, 3), np.nan)
     for label in np.unique(verdicts.labels):
         own = verdicts.labels == label
@@ -563,7 +656,19 @@ def mean_quality(quality: Float[np.ndarray, "K 3"]) -> dict[str, float]:
     means = [100 * math.fsum(column) / len(seen) if len(seen) else -1.0 for column in seen.T]
     return {**dict(zip(("pq", "sq", "rq"), means)), "n": len(seen)}
 
-# %% ../nbs/16_panoptic.ipynb #e6d6a65f
+# %% ../nbs/16_panoptic.ipynb #58f12948
+def summarize_quality(verdicts: Verdicts, categories: Categories, is_thing: Bool[Tensor, "K"]) -> dict[str, Any]:
+    "Over all classes, things and stuff: pq, sq, rq and the number n of classes; `per_class_pq` by name; `images`."
+    quality, things = class_quality(verdicts, categories.num_classes), is_thing.numpy()
+    groups = {"PQ_all": quality, "PQ_th": quality[things], "PQ_st": quality[~things]}
+    percent = [-1.0 if math.isnan(pq) else 100 * pq for pq in quality[:, 0].tolist()]
+    return {
+        **{name: mean_quality(part) for name, part in groups.items()},
+        "per_class_pq": dict(zip(categories.names, percent)),
+        "images": len(verdicts.image_ids),
+    }
+
+# %% ../nbs/16_panoptic.ipynb #65cf779a
 class PanopticQuality:
     "Compares segment maps with the truth on every process, and gives PQ, SQ and RQ, each image once."
 
@@ -585,28 +690,45 @@ class PanopticQuality:
                     raise ValueError(f"segments for image {image_id}, which {self.dataset.annotations} does not list: "
                                      "was the evaluator made for another data set?")
                 self.parts.append(judge(image_id, self.dataset.segments(self.places[image_id]), found))
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             self.error = self.error or error
 
-    def compute(self) -> dict[str, Any]:  # the same on every process
-        "`PQ_all`, `PQ_th` (things), `PQ_st` (stuff): pq, sq, rq in percent and n classes; `per_class_pq`; `images`."
+    def compute(self) -> dict[str, Any]:  # what `summarize_quality` gives, on every process
+        "Gather, score, and forget; an error on one process is raised on all."
         gathered = gather_objects((join_verdicts(self.parts), self.error))
         self.reset()
         for _, error in gathered:
             if error is not None:
                 raise error
         verdicts = join_verdicts([part for part, _ in gathered])
-        if len(verdicts.image_ids) < len(self.places):
-            logger.warning("panoptic quality of %d of the %d images of the data set", len(verdicts.image_ids),
-                           len(self.places))
-        categories, is_thing = self.dataset.categories, self.dataset.is_thing.numpy()
-        quality = class_quality(verdicts, categories.num_classes)
-        groups = {"PQ_all": quality, "PQ_th": quality[is_thing], "PQ_st": quality[~is_thing]}
-        percent = [-1.0 if math.isnan(pq) else 100 * pq for pq in quality[:, 0].tolist()]
-        return {**{name: mean_quality(part) for name, part in groups.items()},
-                "per_class_pq": dict(zip(categories.names, percent)), "images": len(verdicts.image_ids)}
+        seen, known = len(verdicts.image_ids), len(self.places)
+        if seen < known:
+            logger.warning("panoptic quality of %d of the %d images of the data set", seen, known)
+        return summarize_quality(verdicts, self.dataset.categories, self.dataset.is_thing)
 
-# %% ../nbs/16_panoptic.ipynb #30770e6c
+# %% ../nbs/16_panoptic.ipynb #77901139
+def segment_entries(segments: Segments, categories: Categories) -> list[dict]:
+    "The `segments_info` of an image."
+    masks = segments.pixels == segments.ids[:, None, None]
+    boxes = xyxy_to_xywh(torch.from_numpy(boxes_around(masks.numpy()))).tolist()
+    columns = (segments.ids, categories.to_id(segments.labels), segments.areas, segments.crowd.int(),
+               segments.is_thing.int(), segments.scores.double())
+    keys = ("id", "category_id", "area", "iscrowd", "isthing", "score")
+    return [{**dict(zip(keys, values)), "bbox": box}
+            for *values, box in zip(*(column.tolist() for column in columns), boxes)]
+
+
+def result_lists(dataset: PanopticDataset | CachedDataset, image_ids: Iterable[int]) -> dict[str, list[dict]]:
+    "The lists of images and categories of a panoptic file."
+    images, categories = dataset.index.images, dataset.categories
+    rows = dict(zip(dataset.image_ids.tolist(), dataset.rows.tolist()))
+    listed = [(i, images.names.item(rows[i]).decode("utf-8", "surrogatepass"), *images.sizes[rows[i]].tolist())
+              for i in sorted(image_ids)]
+    classes = zip(categories.ids, categories.names, dataset.is_thing.int().tolist())
+    return {"images": [dict(zip(("id", "file_name", "height", "width"), values)) for values in listed],
+            "categories": [dict(zip(("id", "name", "isthing"), values)) for values in classes]}
+
+# %% ../nbs/16_panoptic.ipynb #0fc6e97e
 class PanopticWriter:
     "Writes segment maps in COCO's panoptic format as they come: NAME/*.png, and NAME.json at the end."
 
@@ -635,33 +757,12 @@ class PanopticWriter:
             entries = part | entries
         path = self.folder / f"{self.name}.json"
         if is_main():
-            dump({**heads(self.dataset, entries), "annotations": [entries[i] for i in sorted(entries)]}, path)
+            lists = result_lists(self.dataset, entries)
+            dump({**lists, "annotations": [entries[i] for i in sorted(entries)]}, path)
         barrier()
         return path
 
-
-def segment_entries(segments: Segments, categories: Categories) -> list[dict]:
-    "The `segments_info` of an image."
-    masks = segments.pixels == segments.ids[:, None, None]
-    boxes = xyxy_to_xywh(torch.from_numpy(boxes_around(masks.numpy()))).tolist()
-    columns = (segments.ids, categories.to_id(segments.labels), segments.areas, segments.crowd.int(),
-               segments.is_thing.int(), segments.scores.double())
-    keys = ("id", "category_id", "area", "iscrowd", "isthing", "score")
-    return [{**dict(zip(keys, values)), "bbox": box}
-            for *values, box in zip(*(column.tolist() for column in columns), boxes)]
-
-
-def heads(dataset: PanopticDataset | CachedDataset, image_ids: Iterable[int]) -> dict[str, list[dict]]:
-    "The lists of images and categories of a panoptic file."
-    places = {image_id: place for place, image_id in enumerate(dataset.image_ids.tolist())}
-    sizes, names = dataset.sizes.tolist(), dataset.file_names()
-    images = [{"id": i, "file_name": names[places[i]], "height": sizes[places[i]][0], "width": sizes[places[i]][1]}
-              for i in sorted(image_ids)]
-    categories = dataset.categories
-    columns = zip(categories.ids, categories.names, dataset.is_thing.int().tolist())
-    return {"images": images, "categories": [{"id": i, "name": name, "isthing": thing} for i, name, thing in columns]}
-
-
+# %% ../nbs/16_panoptic.ipynb #8dc196e6
 def write_panoptic_results(
     folder: Path | str,
     dataset: PanopticDataset | CachedDataset,
@@ -674,112 +775,37 @@ def write_panoptic_results(
         writer.update(torch.tensor([image_id]), [segments])
     return writer.close()
 
-# %% ../nbs/16_panoptic.ipynb #d3c1e22c
-def segment_colors(segments: Segments) -> Float[np.ndarray, "S 3"]:
-    "A colour for each segment: things as their class, later ones of a class turned away from it; stuff faded."
-    colors, seen = [], {}
-    for label, thing in zip(segments.labels.tolist(), segments.is_thing.tolist()):
-        hue, saturation, value = rgb_to_hsv(*class_color(label))
-        place = seen[label] = seen.get(label, -1) + 1
-        turn = (place + 1) // 2 * (0.07 if place % 2 else -0.07)
-        if thing:
-            colors.append(hsv_to_rgb((hue + turn) % 1, saturation, value * 0.85 ** (place // 5)))
-        else:
-            colors.append(hsv_to_rgb(hue, 0.35 * saturation, 0.5 + 0.4 * value))
-    return np.array(colors).reshape(-1, 3)
+# %% ../nbs/16_panoptic.ipynb #86068eae
+class PanopticEvaluator(CocoEvaluator):
+    "Scores a model on a panoptic set: PQ of its segment maps beside the box AP of the things."
 
+    def __init__(
+        self,
+        dataset: PanopticDataset | CachedDataset,
+        threshold: float = 0.85,  # see `panoptic_segments`
+        writer: PanopticWriter | None = None,  # when given, the maps are written too
+    ):
+        super().__init__(dataset)
+        self.threshold, self.writer, self.quality = threshold, writer, PanopticQuality(dataset)
 
-def tint_segments(
-    image: UInt8[Tensor, "3 H W"],
-    segments: Segments,  # of the image's size
-    line: int = 1,  # pixels of the outlines
-) -> UInt8[Tensor, "3 H W"]:
-    "The image with a tint over each segment, strong on things, light on stuff, and white lines between them."
-    colors = np.concatenate([[(0.5, 0.5, 0.5)], segment_colors(segments)])
-    strength = np.concatenate([[0.0], np.where(segments.is_thing, 0.62, 0.45)])
-    owner = place_of(segments.pixels.numpy(), segments.ids)
-    alpha = strength[owner][..., None]
-    picture = image.permute(1, 2, 0).numpy() * (1 - alpha) + 255 * colors[owner] * alpha
-    picture[edges(owner, line)] = 255
-    return torch.from_numpy(picture.round().astype(np.uint8)).permute(2, 0, 1)
+    def reset(self) -> None:
+        "Forget all images."
+        super().reset()
+        self.quality.reset()
 
+    def add(self, predictions: Predictions, batch: Batch) -> None:
+        "Add what a model with masks says about a batch; an image that comes twice counts the first time."
+        targets, logits = batch.targets, predictions.logits[-1]
+        self.update(targets.image_ids, postprocess(logits, predictions.boxes[-1], targets.original_sizes))
+        found = panoptic_segments(logits, predictions.masks, targets.sizes, targets.original_sizes,
+                                  self.dataset.is_thing, self.threshold, batch.images.shape[-2:])
+        self.quality.update(targets.image_ids, found)
+        if self.writer is not None:
+            self.writer.update(targets.image_ids, found)
 
-def edges(owner: Int[np.ndarray, "H W"], line: int) -> Bool[np.ndarray, "H W"]:
-    "Pixels within `line` pixels above or to the left of another segment."
-    edge = np.zeros(owner.shape, dtype=bool)
-    for step in range(1, line + 1):
-        edge[:-step] |= owner[:-step] != owner[step:]
-        edge[:, :-step] |= owner[:, :-step] != owner[:, step:]
-    return edge
-
-# %% ../nbs/16_panoptic.ipynb #60df4f45
-def deepest_point(mask: Bool[np.ndarray, "H W"]) -> tuple[float, float]:  # x, y
-    "The middle of the pixel that lies farthest from the mask's border."
-    left, top, right, bottom = boxes_around(mask[None])[0]
-    depth = distance_transform_edt(np.pad(mask[top:bottom, left:right], 1))
-    y, x = np.unravel_index(depth.argmax(), depth.shape)
-    return float(left + x - 0.5), float(top + y - 0.5)
-
-
-def draw_panoptic(
-    image: UInt8[Tensor, "3 H W"],
-    segments: Segments,  # of the image's size
-    names: Sequence[str],  # names[label]
-    ax: Axes | None = None,  # a new figure when None
-    title: str | None = None,
-    min_area: float = 0.002,  # share of the image; smaller segments bear no name
-) -> Axes:
-    "Draw the image with its segments tinted, outlined and named, crowds in brackets; scores where they are not 1."
-    factor = max(1, 640 // max(image.shape[1:]))  # outlines thinner than a pixel of a small image
-    fine = image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-    pixels = segments.pixels.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
-    ax = show_image(tint_segments(fine, segments._replace(pixels=pixels), 2), ax, title)
-    for place, color in enumerate(segment_colors(segments)):
-        if segments.areas[place] >= min_area * segments.pixels.numel():
-            x, y = deepest_point((pixels == segments.ids[place]).numpy())
-            plate = {"facecolor": color, "edgecolor": "none", "alpha": 0.85, "boxstyle": "round,pad=0.2"}
-            ax.text(x, y, segment_caption(segments, place, names), color=text_color(tuple(color)), fontsize=8,
-                    ha="center", va="center", bbox=plate, style="normal" if segments.is_thing[place] else "italic")
-    return ax
-
-
-def segment_caption(segments: Segments, place: int, names: Sequence[str]) -> str:
-    "The name of a segment's class, in brackets for a crowd, with its score where that is not 1."
-    name, score = names[int(segments.labels[place])], float(segments.scores[place])
-    name = f"({name})" if segments.crowd[place] else name
-    return name if score == 1 else f"{name} {score:.2f}"
-
-# %% ../nbs/16_panoptic.ipynb #701703c3
-def evaluate_panoptic(
-    model: nn.Module,
-    loader: Iterable[Batch],
-    evaluator: PanopticQuality,
-    device: torch.device | str,
-    criterion: nn.Module | None = None,  # when given, its losses are averaged too
-    boxes: CocoEvaluator | None = None,  # when given, the boxes are scored too
-    writer: PanopticWriter | None = None,  # when given, the maps are written too
-    threshold: float = 0.85,  # see `panoptic_segments`
-) -> dict[str, Any]:  # what the evaluators' `compute` give, and the losses
-    "Segment every batch and score; all processes must call it, and may have different numbers of batches."
-    evaluators = [part for part in (evaluator, boxes) if part is not None]
-    for part in evaluators:
-        part.reset()
-    losses = LossMeans(criterion) if criterion is not None else None
-    with evaluation_mode(model) as segmenter:
-        for batch in loader:
-            batch = batch.to(device)
-            targets, canvas = batch.targets, tuple(batch.images.shape[-2:])
-            predictions = segmenter(batch.images, batch.padding)
-            sizes = targets.sizes, targets.original_sizes
-            found = panoptic_segments(predictions.logits[-1], predictions.masks, *sizes, evaluator.dataset.is_thing,
-                                      threshold, canvas)
-            for part in filter(None, (evaluator, writer)):
-                part.update(targets.image_ids, found)
-            if boxes is not None:
-                boxes.update(targets.image_ids, postprocess(predictions.logits[-1], predictions.boxes[-1], sizes[1]))
-            if losses is not None:
-                losses.update(predictions, targets)
-    results = [part.compute() for part in (*evaluators, *([losses] if losses is not None else []))]
-    if writer is not None:
-        writer.close()
-    return {name: value for result in results for name, value in result.items()}
+    def compute(self) -> dict[str, Any]:  # on every process
+        "`coco_eval_bbox` and `per_class_ap` of the things, and what `PanopticQuality` gives; closes the writer."
+        result = super().compute() | self.quality.compute()
+        if self.writer is not None:
+            self.writer.close()
+        return result

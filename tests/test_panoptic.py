@@ -10,20 +10,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
 
 from detr_nb.batching import CachedDataset, make_loader
-from detr_nb.boxes import xyxy_to_cxcywh
 from detr_nb.coco import DataError, DataWarning
+from detr_nb.detr import Predictions
 from detr_nb.distributed import Process, spawn
-from detr_nb.evaluation import CocoEvaluator
 from detr_nb.panoptic import (
     PanopticDataset,
+    PanopticEvaluator,
     PanopticQuality,
     PanopticWriter,
     Segments,
     draw_panoptic,
-    evaluate_panoptic,
     judge,
     open_panoptic,
     panoptic_segments,
@@ -62,7 +60,7 @@ def test_samples_are_what_was_drawn(shapes: Path):
         assert int(dataset.object_counts[index]) == len(sample.labels)
         assert int(dataset.segments(index).crowd.sum()) == int(scene.crowd.sum())
         crowds += int(scene.crowd.sum())
-    assert crowds > 0 and not dataset.skipped
+    assert crowds > 0 and not dataset.skipped.images
 
 
 def test_goes_through_loader_cache_subset_and_transforms(shapes: Path):
@@ -209,9 +207,9 @@ def test_drops_segments_without_pixels_with_a_count(tmp_path: Path, caplog: pyte
         for _ in range(3):
             assert dataset[0].labels.tolist() == [0]
     assert dataset.segments(0).ids.tolist() == [70000, 300]
-    assert dataset.skipped == {"segments without pixels in the PNG": {5: 1}}
+    assert dataset.skipped.images == {"segments without pixels in the PNG": {5: 1}}
     assert len(caplog.records) == 1
-    assert all(part in caplog.text for part in ("1 segments without pixels", "image 5", "a.png", "ids 9"))
+    assert all(part in caplog.text for part in ("1 segments without pixels", "image 5", "ids 9", "panoptic.json"))
 
 
 def test_pixels_that_the_json_does_not_list_are_void(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -223,7 +221,7 @@ def test_pixels_that_the_json_does_not_list_are_void(tmp_path: Path, caplog: pyt
     with caplog.at_level(logging.WARNING):
         truth = dataset.segments(0)
     assert truth.pixels.unique().tolist() == [0, 300, 70000] and truth.areas.tolist() == [6, 8]
-    assert dataset.skipped == {"ids in the PNG that the JSON does not list": {5: 1}}
+    assert dataset.skipped.images == {"ids in the PNG that the JSON does not list": {5: 1}}
     assert "image 5" in caplog.text and "ids 9" in caplog.text
 
 
@@ -633,40 +631,35 @@ def test_results_are_read_back(shapes: Path, tmp_path: Path):
     assert score(dataset, [again.segments(i) for i in range(len(again))])["PQ_all"]["pq"] == 100.0
 
 
-class Answers(nn.Module):
-    "Not a model: answers with the truth that it is shown, sharp masks at a quarter of the canvas's size."
-
-    def __init__(self, samples: list, num_classes: int):
-        super().__init__()
-        self.samples, self.num_classes, self.dropout = iter(samples), num_classes, nn.Dropout()
-
-    def forward(self, images, padding=None):
-        from types import SimpleNamespace
-        batch, canvas, queries = len(images), images.shape[-2:], 16
-        logits, boxes = torch.zeros(1, batch, queries, self.num_classes + 1), torch.full((1, batch, queries, 4), 0.5)
-        logits[..., -1] = 9
-        full = torch.full((batch, queries, *canvas), -1.0)
-        for row in range(batch):
-            sample = next(self.samples)
-            count, (height, width) = len(sample.labels), sample.image.shape[1:]
-            logits[0, row, torch.arange(count), sample.labels] = 20
-            full[row, :count, :height, :width] = sample.masks.float()
-            boxes[0, row, :count] = xyxy_to_cxcywh(sample.boxes / torch.tensor([width, height, width, height]))
-        masks = F.interpolate(full, tuple(-(-side // 4) for side in canvas), mode="area")
-        return SimpleNamespace(logits=logits, boxes=boxes, masks=masks)
+def truthful_answer(batch, num_classes: int, queries: int = 16) -> Predictions:
+    "What a model would say that knows the truth, with masks at a quarter of the canvas's size."
+    canvas, targets, start = batch.images.shape[-2:], batch.targets, 0
+    logits = torch.zeros(1, len(batch.images), queries, num_classes + 1)
+    logits[..., -1] = 9
+    boxes = torch.full((1, len(batch.images), queries, 4), 0.5)
+    full = torch.full((len(batch.images), queries, *canvas), -1.0)
+    for row, count in enumerate(targets.counts.tolist()):
+        own, start = slice(start, start + count), start + count
+        logits[0, row, torch.arange(count), targets.labels[own]] = 20
+        boxes[0, row, :count], full[row, :count] = targets.boxes[own], targets.masks[own].float()
+    return Predictions(logits, boxes, F.interpolate(full, tuple(-(-side // 4) for side in canvas), mode="area"))
 
 
 @pytest.mark.parametrize("batch_size", [1, 5])
-def test_the_loop_scores_writes_and_leaves_the_model_as_it_was(shapes: Path, tmp_path: Path, batch_size: int):
+def test_batches_of_predictions_are_scored_and_written(shapes: Path, tmp_path: Path, batch_size: int):
     transform = laptop_transform(train=False, short_side=96)  # another size than the original
     dataset = open_panoptic(shapes, None, "val", transform=transform)
-    model = Answers([dataset[i] for i in range(len(dataset))], 10).train()
-    writer = PanopticWriter(tmp_path, dataset)
-    result = evaluate_panoptic(model, make_loader(dataset, batch_size, shuffle=False), PanopticQuality(dataset), "cpu",
-                               boxes=CocoEvaluator(dataset), writer=writer)
-    assert model.training and model.dropout.training
-    assert result["images"] == 24 and result["PQ_all"]["pq"] > 75 and result["PQ_st"]["pq"] > 90
-    assert result["coco_eval_bbox"][0] > 0.99 and (tmp_path / "panoptic_predictions.json").is_file()
+    evaluator = PanopticEvaluator(dataset, writer=PanopticWriter(tmp_path, dataset))
+    for _ in range(2):  # the second round begins anew
+        evaluator.reset()
+        for batch in make_loader(dataset, batch_size, shuffle=False):
+            evaluator.add(truthful_answer(batch, 10), batch)
+        result = evaluator.compute()
+        assert result["images"] == 24 and result["PQ_all"]["pq"] > 75 and result["PQ_st"]["pq"] > 90
+        assert result["coco_eval_bbox"][0] > 0.99
+    written = PanopticDataset(dataset.folder, *(tmp_path / f"panoptic_predictions{end}" for end in (".json", "")))
+    again = score(dataset, [written.segments(i) for i in range(24)])
+    assert again == {name: result[name] for name in again}
 
 
 def test_pictures(shapes: Path):
