@@ -2,28 +2,25 @@
 
 # %% auto #0
 __all__ = ['Keep', 'AT_ONCE', 'AttentionMaps', 'MaskHead', 'SegmentationDETR', 'build_segmentation', 'check_mask_flags',
-           'likely_objects', 'postprocess_masks', 'encode_masks', 'mask_results', 'score_masks', 'MaskEvaluator']
+           'likely_objects', 'postprocess_masks', 'encode_masks', 'MaskDetections', 'FoundMasks', 'pack_with_masks',
+           'drop_repeated_masks', 'mask_results', 'MaskEvaluator']
 
 # %% ../nbs/15_segmentation.ipynb #ac2b1588
-import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from pycocotools import mask as run_length
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
 from .backbone import group_norm
-from .batching import Batch
-from .coco import CocoDataset
+from .batching import Targets
+from .coco import CocoDataset, PackedBytes, starts
 from .detr import DETR, Predictions, at_least_float32
-from .distributed import gather_objects
-from .evaluation import CocoEvaluator, Found, load_detections, postprocess
+from .evaluation import NOTHING, CocoEvaluator, Detections, Found, Results, pack_detections, to_coco_table
 from .transformer import keep_mask
 
 # %% ../nbs/15_segmentation.ipynb #a308f921
@@ -202,82 +199,83 @@ def postprocess_masks(
     return F.interpolate(on_canvas, original_size, mode="bilinear")[:, 0] > 0
 
 # %% ../nbs/15_segmentation.ipynb #f5ce1205
-def encode_masks(masks: Bool[Tensor, "N H W"]) -> list[dict]:
-    "Masks as COCO's run lengths, which JSON can hold."
+def encode_masks(masks: Bool[Tensor, "N H W"]) -> list[bytes]:
+    "Masks as COCO's run lengths: ASCII, and much shorter than the pixels."
     pixels = masks.to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    codes = run_length.encode(np.asfortranarray(pixels))
-    return [code | {"counts": code["counts"].decode()} for code in codes]
+    return [code["counts"] for code in run_length.encode(np.asfortranarray(pixels))]
 
 # %% ../nbs/15_segmentation.ipynb #1e7455bc
-def mask_results(
-    found: Found,  # scores and labels, image after image
-    codes: dict[int, list[dict]],  # by image id, in the order of `found`
-    category_ids: Int[Tensor, "C"],  # category_ids[label]
-) -> list[dict]:
-    "Detected masks as COCO's results file lists them."
-    per_image = found.rows[:, :2].split(found.counts.tolist())
-    ids = category_ids.tolist()
-    return [
-        {"image_id": image, "category_id": ids[int(label)], "segmentation": code, "score": score}
-        for image, rows in zip(found.image_ids.tolist(), per_image)
-        for (score, label), code in zip(rows.tolist(), codes[image], strict=True)
-    ]
+class MaskDetections(NamedTuple):
+    "What a model with masks says about a batch, in the terms of the original images."
+    detections: Detections
+    sizes: Int[Tensor, "B 2"]  # (height, width) on disk
+    codes: list[bytes]  # run lengths of every query's mask, image after image
 
 
-def score_masks(
-    ground_truth: COCO,  # with segmentations
-    results: list[dict],  # from `mask_results`
-    image_ids: Int[Tensor, "I"],  # the images that count
-) -> COCOeval:
-    "Run pycocotools' mask evaluation, without its prints."
-    with contextlib.redirect_stdout(None):
-        evaluation = COCOeval(ground_truth, load_detections(ground_truth, results), "segm")
-        evaluation.params.imgIds = sorted(image_ids.tolist())
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return evaluation
+class FoundMasks(NamedTuple):
+    "Detections of several images with masks, packed: `Found`, and the masks' run lengths laid end to end."
+    image_ids: Int[Tensor, "B"]
+    counts: Int[Tensor, "B"]  # detections of each image; they sum to D
+    rows: Float[Tensor, "D 6"]  # score, label, x1, y1, x2, y2; float64
+    sizes: Int[Tensor, "B 2"]
+    lengths: Int[Tensor, "D"]  # bytes of each mask's run lengths
+    codes: UInt8[Tensor, "bytes"]
+
+
+def pack_with_masks(image_ids: Int[Tensor, "B"], found: MaskDetections) -> FoundMasks:
+    "A batch's detections and masks on the CPU."
+    lengths = torch.tensor([len(code) for code in found.codes], dtype=torch.int64)
+    codes = torch.from_numpy(np.frombuffer(bytearray(b"".join(found.codes)), dtype=np.uint8))
+    return FoundMasks(*pack_detections(image_ids, found.detections), found.sizes.cpu(), lengths, codes)
 
 # %% ../nbs/15_segmentation.ipynb #2cba89c5
-class MaskEvaluator(CocoEvaluator):
-    "A `CocoEvaluator` that scores masks beside boxes: the 12 numbers come as `coco_eval_masks`."
+def drop_repeated_masks(found: FoundMasks) -> FoundMasks:
+    "Each image once: the first time it was seen counts."
+    image = torch.zeros(len(found.image_ids), dtype=torch.bool)
+    image[np.unique(found.image_ids.numpy(), return_index=True)[1]] = True
+    detection = image.repeat_interleave(found.counts)
+    byte = detection.repeat_interleave(found.lengths)
+    return FoundMasks(found.image_ids[image], found.counts[image], found.rows[detection], found.sizes[image],
+                      found.lengths[detection], found.codes[byte])
 
-    def __init__(self, dataset: CocoDataset):  # opened with_masks
+# %% ../nbs/15_segmentation.ipynb #27259e98
+def mask_results(
+    found: FoundMasks,
+    category_ids: Int[Tensor, "C"],  # category_ids[label]
+) -> list[dict]:
+    "Detected masks as COCO's results files list them."
+    table = to_coco_table(Found(*found[:3]), category_ids)
+    sizes = found.sizes.repeat_interleave(found.counts, dim=0).tolist()
+    codes = PackedBytes(found.codes, starts(found.lengths)).unpack()
+    return [
+        {"image_id": int(row[0]), "category_id": int(row[6]), "score": row[5],
+         "segmentation": {"size": size, "counts": code.decode()}}
+        for row, size, code in zip(table.tolist(), sizes, codes)
+    ]
+
+# %% ../nbs/15_segmentation.ipynb #8e574057
+class MaskEvaluator(CocoEvaluator):
+    "A `CocoEvaluator` that scores masks beside boxes: their 12 numbers come as `coco_eval_masks`."
+
+    nothing = FoundMasks(*NOTHING, torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64),
+                         torch.zeros(0, dtype=torch.uint8))
+    pack, drop_repeats = staticmethod(pack_with_masks), staticmethod(drop_repeated_masks)
+
+    def __init__(self, dataset: CocoDataset, iou_types: Sequence[str] = ("bbox", "segm")):
         if not dataset.with_masks:
             raise ValueError(f"to score masks, open {dataset.annotations} with with_masks=True")
-        super().__init__(dataset)
-        self.codes: dict[int, list[dict]] = {}  # run lengths of this process, by image id
-        self.gathered: dict[int, list[dict]] = {}  # of all processes
+        super().__init__(dataset, iou_types)
 
-    def reset(self) -> None:
-        "Forget all detections."
-        super().reset()
-        self.codes = {}
+    def detect(self, predictions: Predictions, targets: Targets) -> MaskDetections:
+        "What the last decoder layer says about a batch, and the masks as run lengths."
+        canvas, codes = tuple(targets.masks.shape[-2:]), []
+        for masks, size, original in zip(predictions.masks, targets.sizes.tolist(), targets.original_sizes.tolist()):
+            codes += encode_masks(postprocess_masks(masks, canvas, tuple(size), tuple(original)))
+        return MaskDetections(super().detect(predictions, targets), targets.original_sizes, codes)
 
-    def add(self, predictions: Predictions, batch: Batch) -> None:
-        "Add what a model with masks says about a batch; an image that comes twice counts the first time."
-        targets, canvas = batch.targets, tuple(batch.images.shape[-2:])
-        super().update(targets.image_ids, postprocess(*(x[-1] for x in predictions[:2]), targets.original_sizes))
-        sizes = zip(targets.image_ids.tolist(), targets.sizes.tolist(), targets.original_sizes.tolist())
-        for masks, (image, size, original) in zip(predictions.masks, sizes):
-            if image not in self.codes:
-                self.codes[image] = encode_masks(postprocess_masks(masks, canvas, tuple(size), tuple(original)))
-
-    def compute(self) -> dict[str, Any]:
-        "As `CocoEvaluator.compute`, and `coco_eval_masks`."
-        for codes in gather_objects(self.codes):
-            self.gathered = codes | self.gathered  # the first process counts, as for boxes
-        try:
-            return super().compute()
-        finally:
-            self.gathered = {}
-
-    def score_or_error(self, found: Found) -> dict[str, Any] | Exception:
-        "The scores of boxes and masks, or what went wrong."
-        result = super().score_or_error(found)
-        if isinstance(result, Exception):
-            return result
+    def results(self, iou_type: str) -> Results:
+        "What `compute` has scored, as pycocotools reads it."
+        if iou_type == "bbox":
+            return super().results(iou_type)
         categories = self.dataset.categories
-        results = mask_results(found, self.gathered, categories.to_id(torch.arange(categories.num_classes)))
-        evaluation = score_masks(self.ground_truth, results, found.image_ids)
-        return result | {"coco_eval_masks": [float(number) for number in evaluation.stats]}
+        return mask_results(self.found, categories.to_id(torch.arange(categories.num_classes)))

@@ -1,5 +1,6 @@
 """Masks: the model's parts and promises, the losses, and mask evaluation in one and in two processes."""
 import json
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from pycocotools import mask as run_length
+from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from detr_nb import segmentation
@@ -17,6 +19,7 @@ from detr_nb.coco import CocoDataset
 from detr_nb.criterion import SetCriterion, mask_losses, matched_queries, real_pixels
 from detr_nb.detr import Predictions, build_detr
 from detr_nb.distributed import Process, spawn
+from detr_nb.evaluation import evaluate
 from detr_nb.matcher import Matches, match
 from detr_nb.segmentation import (
     AttentionMaps,
@@ -356,7 +359,7 @@ def test_masks_in_pixels_of_the_original_image() -> None:
 def test_run_lengths() -> None:
     masks = torch.rand(4, 13, 7) > 0.5
     masks[1], masks[2] = False, True
-    codes = json.loads(json.dumps(encode_masks(masks)))
+    codes = [{"size": [13, 7], "counts": code} for code in encode_masks(masks)]
     assert all(np.array_equal(run_length.decode(code), mask) for code, mask in zip(codes, masks.numpy()))
     assert encode_masks(masks[:0]) == []
 
@@ -412,7 +415,7 @@ def score(process: Process | None, folder: Path, grow: int, repeat: bool = False
     rank, size = (process.rank, process.world_size) if process else (0, 1)
     loader = make_loader(dataset, 2, rank=rank, world_size=size, shuffle=False, num_workers=0)
     for batch in [*loader] * (2 if repeat else 1):
-        evaluator.add(perfect_answer(batch, grow), batch)
+        evaluator.update(batch.targets.image_ids, evaluator.detect(perfect_answer(batch, grow), batch.targets))
     return evaluator.compute()
 
 
@@ -446,19 +449,36 @@ def test_two_processes_score_as_one(folder: Path) -> None:
 def test_an_evaluator_forgets(folder: Path) -> None:
     dataset = load(folder)
     evaluator, batch = MaskEvaluator(dataset), next(iter(make_loader(dataset, 7, shuffle=False, num_workers=0)))
-    results = []
+    found, results = [evaluator.detect(perfect_answer(batch, grow), batch.targets) for grow in (0, 3)], []
     for _ in range(2):
-        evaluator.add(perfect_answer(batch), batch)
+        evaluator.update(batch.targets.image_ids, found[0])
         results.append(evaluator.compute())
-    evaluator.add(perfect_answer(batch, 3), batch)
+    evaluator.update(batch.targets.image_ids, found[1])
     evaluator.reset()
-    evaluator.add(perfect_answer(batch), batch)
+    evaluator.update(batch.targets.image_ids, found[0])
     assert results[0] == results[1] == evaluator.compute()
 
 
 def test_nothing_found(folder: Path) -> None:
-    evaluator = MaskEvaluator(load(folder))
-    assert evaluator.compute()["coco_eval_masks"][0] in (0, -1)
+    result = MaskEvaluator(load(folder)).compute()
+    assert result["coco_eval_masks"] == result["coco_eval_bbox"] == [-1] * 12  # no image was looked at
+
+
+def test_results_are_those_of_a_model_and_can_be_written(folder: Path, tmp_path: Path) -> None:
+    "`evaluate` with a model of ours; the file it leaves scores the same when pycocotools reads it."
+    dataset = load(folder)
+    evaluator = MaskEvaluator(dataset)
+    result = evaluate(make_model(), make_loader(dataset, 3, shuffle=False, num_workers=0), evaluator, "cpu",
+                      SetCriterion(3))
+    assert len(result["coco_eval_masks"]) == 12 and {"loss_mask", "loss_dice"} <= result.keys()
+    evaluator.write_detections(tmp_path / "masks.json", "segm")
+    written = json.loads((tmp_path / "masks.json").read_text())
+    assert len(written) == 7 * 6 and written[0].keys() == {"image_id", "category_id", "score", "segmentation"}
+    truth = dataset.coco_api()
+    with redirect_stdout(None):
+        theirs = COCOeval(truth, truth.loadRes(str(tmp_path / "masks.json")), "segm")
+        theirs.evaluate(), theirs.accumulate(), theirs.summarize()
+    assert theirs.stats.tolist() == result["coco_eval_masks"]
 
 
 def test_a_data_set_without_masks_is_refused(folder: Path) -> None:
