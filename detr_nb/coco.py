@@ -7,11 +7,11 @@ __all__ = ['LISTS', 'POLYGONS', 'SPLIT_NAMES', 'Sample', 'DataError', 'DataWarni
            'PackedBytes', 'ImageColumns', 'ObjectColumns', 'CocoIndex', 'without_garbage_collection', 'once', 'parse',
            'read_annotations', 'section', 'integers', 'require_unique', 'repeated', 'find_heading', 'read_categories',
            'read_image_columns', 'is_box', 'read_boxes', 'clip_to_image', 'find_bad_boxes', 'warn_about_boxes',
-           'keep_sound', 'rows_of', 'read_annotation_ids', 'read_crowd', 'runs_of', 'check_runs', 'sound_polygons',
-           'to_run_length', 'has_outline', 'listed_areas', 'fill_areas', 'read_outlines', 'read_objects', 'read_index',
-           'decode_with_pil', 'read_image', 'wrong_size', 'decode_outlines', 'read_sample', 'missing_files',
-           'require_files', 'annotations_of', 'to_pycocotools', 'CocoDataset', 'annotation_files', 'find_split',
-           'open_coco', 'Finding', 'index_findings', 'quick_check']
+           'keep_sound', 'rows_of', 'read_annotation_ids', 'read_crowd', 'listed_areas', 'fill_areas', 'read_objects',
+           'read_index', 'decode_with_pil', 'read_image', 'wrong_size', 'read_sample', 'missing_files', 'require_files',
+           'annotations_of', 'to_pycocotools', 'IndexView', 'CocoDataset', 'annotation_files', 'find_split',
+           'open_coco', 'runs_of', 'check_runs', 'sound_polygons', 'to_run_length', 'has_outline', 'read_outlines',
+           'decode_outlines', 'Finding', 'index_findings', 'quick_check']
 
 # %% ../nbs/05_coco.ipynb #ba3f9906
 import gc
@@ -66,7 +66,7 @@ class DataError(ValueError):
 class DataWarning(UserWarning):
     "Data on disk that we left out or mended, with a count and the first few ids."
 
-# %% ../nbs/05_coco.ipynb #0c99bbe9
+
 def named(values: Any, limit: int = 5) -> str:
     "The first few of `values` as text, and how many more there are."
     values = list(values)
@@ -408,60 +408,6 @@ def read_crowd(entries: list[dict], ids: np.ndarray, path: Path) -> np.ndarray:
         raise DataError(f"{path}: annotation {ids[i]} has iscrowd {values[i]!r}; it must be 0 or 1")
     return np.array(values, dtype=bool)
 
-# %% ../nbs/05_coco.ipynb #77ff6316
-def runs_of(counts: str) -> list[int]:
-    "The run lengths in pycocotools' compressed text: five bits a character, later runs as differences."
-    runs, value, shift = [], 0, 0
-    for character in counts.encode():
-        bits = character - 48
-        value |= (bits & 0x1F) << shift
-        shift += 5
-        if not bits & 0x20:  # the last character of this run
-            value -= (bits & 0x10) << (shift - 4)  # its top bit is the sign
-            runs.append(value + runs[-2] if len(runs) > 2 else value)
-            value = shift = 0
-    return runs
-
-
-def check_runs(code: dict, height: int, width: int) -> None:
-    "Raise ValueError unless a run-length code fills height x width pixels: pycocotools would read beyond its memory."
-    counts = code.get("counts")
-    runs = runs_of(counts) if isinstance(counts, str) else counts
-    whole = isinstance(runs, list) and {*map(type, runs)} == {int} and min(runs) >= 0 and sum(runs) == height * width
-    if not whole or code.get("size") != [height, width]:
-        raise ValueError(f"its run-length code does not fill the {width}x{height} pixels of the image")
-
-# %% ../nbs/05_coco.ipynb #5cd3bed4
-def sound_polygons(polygons: Any) -> list[list[float]]:
-    "Those polygons that have three or more points, all of them finite; raises ValueError when there are none."
-    def sound(polygon):
-        numbers = isinstance(polygon, list) and {*map(type, polygon)} <= {int, float}
-        return numbers and len(polygon) >= 6 and len(polygon) % 2 == 0 and all(map(math.isfinite, polygon))
-
-    chosen = [polygon for polygon in polygons if sound(polygon)] if isinstance(polygons, list) else []
-    if not chosen:
-        raise ValueError("it holds no polygon of three or more points and no run-length code")
-    return chosen
-
-
-def to_run_length(segmentation: Any, height: int, width: int) -> dict:
-    "Polygons or a run-length code as pycocotools' compressed run-length code; raises ValueError when it is neither."
-    if isinstance(segmentation, dict):
-        check_runs(segmentation, height, width)
-        if isinstance(segmentation["counts"], list):
-            return run_length.frPyObjects(segmentation, height, width)
-        return {"size": [height, width], "counts": segmentation["counts"].encode()}
-    return run_length.merge(run_length.frPyObjects(sound_polygons(segmentation), height, width))
-
-# %% ../nbs/05_coco.ipynb #e45be2f5
-def has_outline(segmentation: Any, height: int, width: int) -> bool:
-    "True when the outline can be drawn; looks at its form only, which is quicker than to draw it."
-    try:
-        check_runs(segmentation, height, width) if isinstance(segmentation, dict) else sound_polygons(segmentation)
-    except ValueError:
-        return False
-    return True
-
 # %% ../nbs/05_coco.ipynb #d444049d
 def listed_areas(entries: list[dict]) -> np.ndarray:
     "The areas in the file; not-a-number where there is none, or none that an area can be."
@@ -484,21 +430,6 @@ def fill_areas(
         drawn = has_outline(outline, height, width)
         areas[i] = run_length.area(to_run_length(outline, height, width)) if drawn else boxes[i, 2] * boxes[i, 3]
     return areas
-
-# %% ../nbs/05_coco.ipynb #9faa9982
-def read_outlines(
-    entries: list[dict], sizes: np.ndarray, keep: np.ndarray, ids: np.ndarray, path: Path
-) -> list[bytes]:
-    "Each annotation's segmentation as JSON; takes those without a usable one out of `keep`, with a warning."
-    usable = np.array([has_outline(entry.get("segmentation"), h, w) for entry, (h, w) in zip(entries, sizes.tolist())])
-    lost = keep & ~usable
-    if lost.any():
-        warnings.warn(f"{path}: skipped {lost.sum()} of {len(ids)} annotations without a usable outline "
-                      f"(annotation ids {named(ids[lost])})", DataWarning, stacklevel=2)
-    keep &= usable
-    if not keep.any():
-        raise DataError(f"{path}: no annotation has a usable 'segmentation'; masks cannot be learned from this file")
-    return [json.dumps(entry.get("segmentation")).encode() for entry in entries]
 
 # %% ../nbs/05_coco.ipynb #b0393c59
 def read_objects(
@@ -585,21 +516,6 @@ def wrong_size(
         )
     return message + "Use the images that the file was made for, or correct its sizes and boxes"
 
-# %% ../nbs/05_coco.ipynb #0aef7894
-def decode_outlines(
-    objects: ObjectColumns, rows: Int64[Tensor, "N"], height: int, width: int, annotations: Path
-) -> Bool[Tensor, "N H W"]:
-    "The masks of the objects in `rows`; raises DataError naming the annotation whose outline cannot be drawn."
-    masks = torch.zeros(len(rows), height, width, dtype=torch.bool)
-    for mask, row in zip(masks, rows.tolist()):
-        try:
-            code = to_run_length(json.loads(objects.outlines.item(row)), height, width)
-            mask[:] = torch.from_numpy(run_length.decode(code))
-        except ValueError as error:
-            number = int(objects.ids[row])
-            raise DataError(f"{annotations}: annotation {number} has a broken outline: {error}") from error
-    return masks
-
 # %% ../nbs/05_coco.ipynb #3da11265
 def read_sample(index: CocoIndex, row: int, folder: Path, annotations: Path, with_masks: bool = False) -> Sample:
     "The image in `row` of the index with its objects, crowds left out; raises DataError naming the image's file."
@@ -678,37 +594,17 @@ def to_pycocotools(index: CocoIndex, rows: Int64[Tensor, "images"]) -> COCO:
     return coco
 
 # %% ../nbs/05_coco.ipynb #15d4803d
-class CocoDataset(Dataset):
-    "A COCO-format data set: an annotation file and a folder of images, read one `Sample` at a time."
+class IndexView:
+    "Some rows of an index, and what can be known of them without opening an image."
 
-    def __init__(
-        self,
-        images: Path | str,  # the folder that the file names are relative to
-        annotations: Path | str,  # the JSON file
-        transform: Callable[[Sample, np.random.Generator], Sample] | None = None,
-        seed: int = 0,  # of the transform's random numbers
-        with_masks: bool = False,  # also decode the outlines
-        require_images: bool = True,  # False: do not look whether the images are there
-    ):
-        "Read and check the annotation file, and that the images are there; raises DataError."
-        self.folder, self.annotations = Path(images).expanduser(), Path(annotations).expanduser()
-        self.transform, self.seed, self.with_masks = transform, seed, with_masks
-        self.index = read_index(self.annotations, with_masks)
-        if require_images:
-            require_files(self.folder, self.index.images, self.annotations)
-        self.rows = torch.arange(len(self.index.images.ids))
+    def __init__(self, index: CocoIndex, rows: Int64[Tensor, "images"]):
+        "The images in `rows` of the index, in that order."
+        self.index, self.rows = index, rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
-        "The sample at `index`, or at `(epoch, index)`: the epoch chooses the transform's random numbers."
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        index = range(len(self))[operator.index(index)]  # raises IndexError, understands -1
-        sample = read_sample(self.index, int(self.rows[index]), self.folder, self.annotations, self.with_masks)
-        return self.transform(sample, sample_rng(self.seed, epoch, index)) if self.transform else sample
-
-    def subset(self, indices) -> "CocoDataset":
+    def subset(self, indices) -> "IndexView":
         "The same set with only the samples at `indices`, in that order; the columns are shared, not copied."
         chosen = copy(self)
         chosen.rows = self.rows[torch.as_tensor(indices, dtype=torch.int64)]
@@ -748,6 +644,32 @@ class CocoDataset(Dataset):
         weights = times.repeat_interleave(objects.offsets.diff()) * ~objects.crowd
         counts = torch.zeros(self.categories.num_classes, dtype=torch.int64)
         return counts.index_add_(0, objects.labels, weights)
+
+# %% ../nbs/05_coco.ipynb #4918bb06
+class CocoDataset(IndexView, Dataset):
+    "A COCO-format data set: an annotation file and a folder of images, read one `Sample` at a time."
+
+    def __init__(
+        self,
+        images: Path | str,  # the folder that the file names are relative to
+        annotations: Path | str,  # the JSON file
+        transform: Callable[[Sample, np.random.Generator], Sample] | None = None,
+        seed: int = 0,  # of the transform's random numbers
+        with_masks: bool = False,  # also decode the outlines
+    ):
+        "Read and check the annotation file, and that the images are there; raises DataError."
+        self.folder, self.annotations = Path(images).expanduser(), Path(annotations).expanduser()
+        self.transform, self.seed, self.with_masks = transform, seed, with_masks
+        index = read_index(self.annotations, with_masks)
+        super().__init__(index, torch.arange(len(index.images.ids)))
+        require_files(self.folder, index.images, self.annotations)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        "The sample at `index`, or at `(epoch, index)`: the epoch chooses the transform's random numbers."
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        index = range(len(self))[operator.index(index)]  # raises IndexError, understands -1
+        sample = read_sample(self.index, int(self.rows[index]), self.folder, self.annotations, self.with_masks)
+        return self.transform(sample, sample_rng(self.seed, epoch, index)) if self.transform else sample
 
 # %% ../nbs/05_coco.ipynb #141e57e6
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation")}  # in the names of files and folders
@@ -799,6 +721,90 @@ def open_coco(
     annotations, images = find_split(root, split)
     return CocoDataset(images, annotations, **settings)
 
+# %% ../nbs/05_coco.ipynb #77ff6316
+def runs_of(counts: str) -> list[int]:
+    "The run lengths in pycocotools' compressed text: five bits a character, later runs as differences."
+    runs, value, shift = [], 0, 0
+    for character in counts.encode():
+        bits = character - 48
+        value |= (bits & 0x1F) << shift
+        shift += 5
+        if not bits & 0x20:  # the last character of this run
+            value -= (bits & 0x10) << (shift - 4)  # its top bit is the sign
+            runs.append(value + runs[-2] if len(runs) > 2 else value)
+            value = shift = 0
+    return runs
+
+
+def check_runs(code: dict, height: int, width: int) -> None:
+    "Raise ValueError unless a run-length code fills height x width pixels: pycocotools would read beyond its memory."
+    counts = code.get("counts")
+    runs = runs_of(counts) if isinstance(counts, str) else counts
+    whole = isinstance(runs, list) and {*map(type, runs)} == {int} and min(runs) >= 0 and sum(runs) == height * width
+    if not whole or code.get("size") != [height, width]:
+        raise ValueError(f"its run-length code does not fill the {width}x{height} pixels of the image")
+
+# %% ../nbs/05_coco.ipynb #5cd3bed4
+def sound_polygons(polygons: Any) -> list[list[float]]:
+    "Those polygons that have three or more points, all of them finite; raises ValueError when there are none."
+    def sound(polygon):
+        numbers = isinstance(polygon, list) and {*map(type, polygon)} <= {int, float}
+        return numbers and len(polygon) >= 6 and len(polygon) % 2 == 0 and all(map(math.isfinite, polygon))
+
+    chosen = [polygon for polygon in polygons if sound(polygon)] if isinstance(polygons, list) else []
+    if not chosen:
+        raise ValueError("it holds no polygon of three or more points and no run-length code")
+    return chosen
+
+
+def to_run_length(segmentation: Any, height: int, width: int) -> dict:
+    "Polygons or a run-length code as pycocotools' compressed run-length code; raises ValueError when it is neither."
+    if isinstance(segmentation, dict):
+        check_runs(segmentation, height, width)
+        if isinstance(segmentation["counts"], list):
+            return run_length.frPyObjects(segmentation, height, width)
+        return {"size": [height, width], "counts": segmentation["counts"].encode()}
+    return run_length.merge(run_length.frPyObjects(sound_polygons(segmentation), height, width))
+
+
+def has_outline(segmentation: Any, height: int, width: int) -> bool:
+    "True when the outline can be drawn; looks at its form only, which is quicker than to draw it."
+    try:
+        check_runs(segmentation, height, width) if isinstance(segmentation, dict) else sound_polygons(segmentation)
+    except ValueError:
+        return False
+    return True
+
+# %% ../nbs/05_coco.ipynb #9faa9982
+def read_outlines(
+    entries: list[dict], sizes: np.ndarray, keep: np.ndarray, ids: np.ndarray, path: Path
+) -> list[bytes]:
+    "Each annotation's segmentation as JSON; takes those without a usable one out of `keep`, with a warning."
+    usable = np.array([has_outline(entry.get("segmentation"), h, w) for entry, (h, w) in zip(entries, sizes.tolist())])
+    lost = keep & ~usable
+    if lost.any():
+        warnings.warn(f"{path}: skipped {lost.sum()} of {len(ids)} annotations without a usable outline "
+                      f"(annotation ids {named(ids[lost])})", DataWarning, stacklevel=2)
+    keep &= usable
+    if not keep.any():
+        raise DataError(f"{path}: no annotation has a usable 'segmentation'; masks cannot be learned from this file")
+    return [json.dumps(entry.get("segmentation")).encode() for entry in entries]
+
+# %% ../nbs/05_coco.ipynb #0aef7894
+def decode_outlines(
+    objects: ObjectColumns, rows: Int64[Tensor, "N"], height: int, width: int, annotations: Path
+) -> Bool[Tensor, "N H W"]:
+    "The masks of the objects in `rows`; raises DataError naming the annotation whose outline cannot be drawn."
+    masks = torch.zeros(len(rows), height, width, dtype=torch.bool)
+    for mask, row in zip(masks, rows.tolist()):
+        try:
+            code = to_run_length(json.loads(objects.outlines.item(row)), height, width)
+            mask[:] = torch.from_numpy(run_length.decode(code))
+        except ValueError as error:
+            number = int(objects.ids[row])
+            raise DataError(f"{annotations}: annotation {number} has a broken outline: {error}") from error
+    return masks
+
 # %% ../nbs/05_coco.ipynb #6792741a
 class Finding(NamedTuple):
     "One thing that a look at a data set brought up."
@@ -806,7 +812,7 @@ class Finding(NamedTuple):
     text: str
 
 
-def index_findings(dataset: CocoDataset, num_queries: int) -> list[Finding]:
+def index_findings(dataset: IndexView, num_queries: int) -> list[Finding]:
     "What the index alone tells: images with more objects than queries, images without any, classes without any."
     counts, ids, found = dataset.object_counts, dataset.image_ids, []
     total, crowded, empty = len(counts), counts > num_queries, counts == 0

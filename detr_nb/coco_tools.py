@@ -8,7 +8,7 @@ __all__ = ['logger', 'COCO_URL', 'ARCHIVES', 'WAITS_S', 'TIMEOUT_S', 'READ_BYTES
            'open_from', 'blocks', 'Partial', 'replace_text', 'fetch_piece', 'fetch', 'md5_of', 'verify', 'target_of',
            'is_same', 'unpack', 'write_member', 'space_needed', 'less_what_is_there', 'require_space', 'note_of',
            'is_unpacked', 'unpack_all', 'get_archive', 'download_coco', 'Look', 'is_whole', 'look_at_image',
-           'look_at_images', 'image_findings', 'Checked', 'open_split_leniently', 'images_only', 'check_split',
+           'look_at_images', 'image_findings', 'Checked', 'read_leniently', 'images_only', 'check_split',
            'compare_splits', 'histogram', 'range_names', 'distributions', 'by_name', 'text_bars', 'columns_of',
            'write_report', 'draw_report', 'check_coco', 'coco_command']
 
@@ -45,17 +45,18 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from detr_nb.coco import (
-    CocoDataset,
     DataError,
     DataWarning,
     Finding,
     ImageColumns,
+    IndexView,
     find_split,
     index_findings,
     named,
     read_annotations,
     read_image,
     read_image_columns,
+    read_index,
 )
 
 logger = logging.getLogger(__name__)
@@ -477,17 +478,18 @@ def image_findings(looks: Sequence[Look], names: Sequence[str], images: ImageCol
 class Checked(NamedTuple):
     "A split after the check."
     split: str
-    dataset: CocoDataset | None  # None when its annotation file was refused
+    dataset: IndexView | None  # None when its annotation file was refused
     findings: list[Finding]
 
 
-def open_split_leniently(annotations: Path, folder: Path) -> tuple[CocoDataset | None, list[Finding]]:
-    "The data set, None when its annotation file is refused, and what the reader says of the file."
+def read_leniently(annotations: Path) -> tuple[IndexView | None, list[Finding]]:
+    "The rows of an annotation file, None when it is refused, and what the reader says of it."
     dataset, found = None, []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DataWarning)
         try:
-            dataset = CocoDataset(folder, annotations, require_images=False)
+            index = read_index(annotations)
+            dataset = IndexView(index, torch.arange(len(index.images.ids)))
         except DataError as error:
             found.append(Finding("stop", str(error)))
     said = [str(warning.message) for warning in caught if issubclass(warning.category, DataWarning)]
@@ -508,7 +510,7 @@ def check_split(root: Path, split: str, num_queries: int, decode: bool, num_thre
         annotations, folder = find_split(root, split)
     except DataError as error:
         return Checked(split, None, [Finding("stop", str(error))])
-    dataset, found = open_split_leniently(annotations, folder)
+    dataset, found = read_leniently(annotations)
     if dataset:
         found += index_findings(dataset, num_queries)
     images = dataset.index.images if dataset else images_only(annotations)
@@ -549,7 +551,7 @@ def range_names(starts_at: Sequence[int]) -> list[str]:
         f"{starts_at[-1]} or more"]
 
 
-def distributions(dataset: CocoDataset) -> dict[str, dict[str, int]]:
+def distributions(dataset: IndexView) -> dict[str, dict[str, int]]:
     "Images by their number of objects, objects by their size, objects by their class; crowds left out."
     boxes = dataset.index.objects.boxes[~dataset.index.objects.crowd]
     sizes = (boxes[:, 2] * boxes[:, 3]).sqrt()
