@@ -608,7 +608,7 @@ def gather_tensors(x: Shaped[Tensor, "N ..."]) -> list[Shaped[Tensor, "M ..."]]:
     dist.all_gather(all_sizes, sizes)
     lengths, *rows = torch.stack(all_sizes).T.tolist()
     if any(len(set(row)) > 1 for row in rows):
-        raise ValueError(f"the processes hold rows of {rows[0]} numbers of {rows[1]} bytes, by rank: they must be equal")
+        raise ValueError(f"by rank, the rows hold {rows[0]} numbers of {rows[1]} bytes: they must be equal")
     padded = torch.zeros(max(lengths), *x.shape[1:], dtype=x.dtype, device=device)
     padded[: len(x)] = x
     gathered = [torch.empty_like(padded) for _ in lengths]

@@ -48,7 +48,7 @@ def postprocess(
     return Detections(scores, labels, cxcywh_to_xyxy(at_least_float32(boxes)) * scale[:, None])
 
 # %% ../nbs/14_evaluation.ipynb #a76a321c
-Results = np.ndarray | list[dict]  # a table of image id, x, y, width, height, score, category id; or COCO's dictionaries
+Results = np.ndarray | list[dict]  # rows of image id, x, y, width, height, score, category id; or dictionaries
 
 
 def load_detections(ground_truth: COCO, results: Results) -> COCO:

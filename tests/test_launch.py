@@ -344,7 +344,7 @@ def test_tensors_of_any_length_are_gathered_and_errors_of_rank_zero_reach_all():
                 assert part.dtype == kind and (part == torch.tensor(rank).to(kind)).all()
         assert [part.tolist() for part in result["flat"]] == [[0, 1, 2], [0, 1], [0]]
         assert [tuple(part.shape) for part in result["nothing"]] == [(0, 6)] * 3
-        assert "rows of [2, 3, 4] numbers" in result["unequal"]
+        assert "the rows hold [2, 3, 4] numbers" in result["unequal"]
         assert "on rank zero" in result["error"] and result["after"] == [1.0, 1.0]
     assert results[0]["error"].startswith("Stubborn") and results[1]["error"].startswith("RuntimeError: Stubborn")
 
