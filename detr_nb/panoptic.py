@@ -8,7 +8,8 @@ __all__ = ['logger', 'SHADES', 'MATCHED', 'FALSE_ALARM', 'MISSED', 'Segments', '
            'places_in', 'tint_segments', 'deepest_point', 'segment_caption', 'draw_panoptic', 'row_weights', 'Contest',
            'first_of_class', 'nearest_resize', 'settle', 'segment_image', 'panoptic_segments', 'overlaps', 'Verdicts',
            'judge', 'join_verdicts', 'class_quality', 'mean_quality', 'summarize_quality', 'PanopticQuality',
-           'segment_entries', 'result_lists', 'PanopticWriter', 'write_panoptic_results', 'PanopticEvaluator']
+           'segment_entries', 'result_lists', 'PanopticWriter', 'write_panoptic_results', 'PanopticDetections',
+           'PanopticEvaluator']
 
 # %% ../nbs/16_panoptic.ipynb #204e3f37
 import math
@@ -30,7 +31,7 @@ from pycocotools.coco import COCO
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
-from .batching import Batch, CachedDataset
+from .batching import CachedDataset, Targets
 from .boxes import xyxy_to_xywh
 from detr_nb.coco import (
     SPLIT_NAMES,
@@ -63,7 +64,7 @@ from detr_nb.coco import (
 )
 from .detr import Predictions, at_least_float32
 from .distributed import barrier, gather_objects, get_logger, is_main
-from .evaluation import CocoEvaluator, postprocess
+from .evaluation import CocoEvaluator, Detections
 from .plots import class_color, show_image, text_color
 from .seeding import sample_rng
 from .shapes import boxes_around, dump, ids_to_rgb
@@ -779,6 +780,13 @@ def write_panoptic_results(
     return writer.close()
 
 # %% ../nbs/16_panoptic.ipynb #86068eae
+class PanopticDetections(NamedTuple):
+    "What a model with masks says about a batch of a panoptic set."
+
+    detections: Detections
+    segments: list[Segments]  # of each image, at its original size
+
+
 class PanopticEvaluator(CocoEvaluator):
     "Scores a model on a panoptic set: PQ of its segment maps beside the box AP of the things."
 
@@ -796,18 +804,21 @@ class PanopticEvaluator(CocoEvaluator):
         super().reset()
         self.quality.reset()
 
-    def add(self, predictions: Predictions, batch: Batch) -> None:
-        "Add what a model with masks says about a batch; an image that comes twice counts the first time."
-        targets, logits = batch.targets, predictions.logits[-1]
-        self.update(targets.image_ids, postprocess(logits, predictions.boxes[-1], targets.original_sizes))
-        found = panoptic_segments(logits, predictions.masks, targets.sizes, targets.original_sizes,
-                                  self.dataset.is_thing, self.threshold, batch.images.shape[-2:])
-        self.quality.update(targets.image_ids, found)
+    def detect(self, predictions: Predictions, targets: Targets) -> PanopticDetections:
+        "What the last decoder layer says about a batch, as boxes and as a map of each image."
+        segments = panoptic_segments(predictions.logits[-1], predictions.masks, targets.sizes, targets.original_sizes,
+                                     self.dataset.is_thing, self.threshold, targets.masks.shape[-2:])
+        return PanopticDetections(super().detect(predictions, targets), segments)
+
+    def update(self, image_ids: Int[Tensor, "B"], found: PanopticDetections) -> None:
+        "Add a batch; an image that comes twice counts the first time."
+        super().update(image_ids, found.detections)
+        self.quality.update(image_ids, found.segments)
         if self.writer is not None:
-            self.writer.update(targets.image_ids, found)
+            self.writer.update(image_ids, found.segments)
 
     def compute(self) -> dict[str, Any]:  # on every process
-        "`coco_eval_bbox` and `per_class_ap` of the things, and what `PanopticQuality` gives; closes the writer."
+        "What `CocoEvaluator` gives about the boxes of the things, and what `PanopticQuality` gives; closes the writer."
         result = super().compute() | self.quality.compute()
         if self.writer is not None:
             self.writer.close()

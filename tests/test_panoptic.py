@@ -653,7 +653,8 @@ def test_batches_of_predictions_are_scored_and_written(shapes: Path, tmp_path: P
     for _ in range(2):  # the second round begins anew
         evaluator.reset()
         for batch in make_loader(dataset, batch_size, shuffle=False):
-            evaluator.add(truthful_answer(batch, 10), batch)
+            found = evaluator.detect(truthful_answer(batch, 10), batch.targets)
+            evaluator.update(batch.targets.image_ids, found)
         result = evaluator.compute()
         assert result["images"] == 24 and result["PQ_all"]["pq"] > 75 and result["PQ_st"]["pq"] > 90
         assert result["coco_eval_bbox"][0] > 0.99
