@@ -11,9 +11,10 @@ __all__ = ['logger', 'LAPTOP', 'DECIDING', 'LOGS', 'REQUEUE', 'SIGNALS', 'DataSe
            'watch_outputs', 'report_non_finite', 'cell_labels', 'CellClassifier', 'build_classifier', 'backbone_config',
            'train_backbone', 'average_gradients', 'save', 'run_state', 'classes_of', 'images_per_batch', 'save_or_warn',
            'resume', 'go_on', 'load_optimizer', 'restore_process', 'mean_of', 'find_place', 'cut_off', 'listen', 'note',
-           'end_if_asked', 'prepare', 'load_weights', 'build_accelerator', 'warn_of_data', 'build_loaders', 'in_memory',
-           'evaluate_run', 'choose_evaluator', 'main_score', 'describe_scores', 'finish_epoch', 'log_epoch', 'draw_run',
-           'pictures_of', 'draw_boxes_of', 'draw_masks', 'fit', 'train_or_evaluate', 'main', 'plain_errors']
+           'end_if_asked', 'prepare', 'start_from_weights', 'build_accelerator', 'warn_of_data', 'build_loaders',
+           'in_memory', 'evaluate_run', 'choose_evaluator', 'main_score', 'describe_scores', 'finish_epoch',
+           'log_epoch', 'draw_run', 'pictures_of', 'draw_found_boxes', 'draw_found_masks', 'fit', 'train_or_evaluate',
+           'main', 'plain_errors']
 
 # %% ../nbs/18_train.ipynb #b0293fae
 import argparse
@@ -302,8 +303,8 @@ def default_config(told: Mapping[str, str]) -> Config:
     return default
 
 
-DECIDING = ("coco_path", "coco_panoptic_path", "train_annotations", "output_dir", "resume", "finetune", "frozen_weights",
-            "masks", "overfit")
+DECIDING = ("coco_path", "coco_panoptic_path", "train_annotations", "output_dir", "resume", "finetune",
+            "frozen_weights", "masks", "overfit")
 
 
 def parse_config(argv: list[str]) -> Config:
@@ -607,7 +608,7 @@ def batch_losses(
     "All losses of one batch; `loss` is their weighted sum."
     wanted = {}
     if batch.targets.masks is not None and isinstance(accelerator.unwrap_model(model), SegmentationDETR):
-        wanted["keep"] = partial(matched_queries, targets=batch.targets, criterion=criterion)  # other masks have no loss
+        wanted["keep"] = partial(matched_queries, targets=batch.targets, criterion=criterion)  # others have no loss
     with accelerator.autocast():
         predictions = model(batch.images, batch.padding, **wanted)
     if not aux_loss:
@@ -731,7 +732,7 @@ def first_non_finite(run: Run, batch: Batch) -> str | None:
     if not batch.images.isfinite().all():
         return "the images"
     losses, counts = {}, batch.targets.counts
-    divisors = run.criterion.normalizers(counts, run.config.num_queries)  # of this process alone: others may not be here
+    divisors = run.criterion.normalizers(counts, run.config.num_queries)  # of this process alone
     with watch_outputs(run.bare_model) as bad, suppress(FloatingPointError):  # which the matcher raises
         losses = batch_losses(run.bare_model, run.criterion, run.accelerator, batch, divisors, run.config.aux_loss)
     if bad or not losses:
@@ -1043,7 +1044,7 @@ def prepare(config: Config, process: Process) -> Run:
     with stage("building the model"):
         model = build_model(config, train.categories.num_classes)
         if not config.resume:
-            load_weights(model, config, train.categories.names)
+            start_from_weights(model, config, train.categories.names)
         model = model.to(process.device)
     optimizer = build_optimizer(model, config)
     seed_everything(config.seed, process.rank)  # dropout of its own on each
@@ -1061,7 +1062,7 @@ def prepare(config: Config, process: Process) -> Run:
     return run
 
 # %% ../nbs/18_train.ipynb #febb83d1
-def load_weights(model: DETR | SegmentationDETR, config: Config, names: Sequence[str]) -> None:
+def start_from_weights(model: DETR | SegmentationDETR, config: Config, names: Sequence[str]) -> None:
     "What `--finetune` and `--frozen_weights` ask for; raises `ValueError` when frozen weights do not fit whole."
     source = config.finetune or config.frozen_weights
     if not source:
@@ -1070,8 +1071,8 @@ def load_weights(model: DETR | SegmentationDETR, config: Config, names: Sequence
     report = finetune(model.detr if config.masks else model, source, names, keep)
     logger.info("%s %s: %s", "--finetune" if config.finetune else "--frozen_weights", source, report)
     if config.frozen_weights and (report.fresh or any("anew" in rows for rows in report.partly.values())):
-        raise ValueError(f"--frozen_weights {source} has no detector for this data set and these settings: what is anew "
-                         f"above would never learn. Train the boxes first, or use --finetune. {report}")
+        raise ValueError(f"--frozen_weights {source} has no detector for this data set and these settings: what is "
+                         f"anew would never learn. Train the boxes first, or use --finetune. {report}")
 
 # %% ../nbs/18_train.ipynb #61a1a3fc
 def build_accelerator(config: Config, process: Process, folder: Path) -> Accelerator:
@@ -1197,7 +1198,7 @@ def draw_run(run: Run, images: int = 8) -> None:
     batch = collate([dataset[(0, index)] for index in range(min(images, len(dataset)))]).to(run.process.device)
     with evaluation_mode(run.bare_model) as model:
         predictions = model(batch.images, batch.padding)
-    draw = draw_masks if run.config.masks else draw_boxes_of
+    draw = draw_found_masks if run.config.masks else draw_found_boxes
     draw(predictions, batch, dataset).savefig(run.folder / "predictions.png", dpi=120)
 
 
@@ -1207,7 +1208,7 @@ def pictures_of(batch: Batch) -> list[UInt8[Tensor, "3 h w"]]:
     return [image[:, :h, :w] for image, (h, w) in zip(pixels, batch.targets.sizes.tolist(), strict=True)]
 
 
-def draw_boxes_of(predictions: Predictions, batch: Batch, dataset: CocoDataset) -> Figure:
+def draw_found_boxes(predictions: Predictions, batch: Batch, dataset: CocoDataset) -> Figure:
     "Boxes that were found, and the true ones."
     targets, sizes = batch.targets, batch.targets.sizes
     found = postprocess(predictions.logits[-1], predictions.boxes[-1], sizes)
@@ -1217,7 +1218,7 @@ def draw_boxes_of(predictions: Predictions, batch: Batch, dataset: CocoDataset) 
                            dataset.categories.names, [boxes.cpu() for boxes in truth])
 
 
-def draw_masks(predictions: Predictions, batch: Batch, dataset: CocoDataset) -> Figure:
+def draw_found_masks(predictions: Predictions, batch: Batch, dataset: CocoDataset) -> Figure:
     "Segments that were found; without stuff in the data set everything is a thing."
     sizes, names = batch.targets.sizes, dataset.categories.names
     is_thing = getattr(dataset, "is_thing", torch.ones(len(names), dtype=torch.bool))
