@@ -254,10 +254,9 @@ def verify(path: Path, archive: Archive) -> None:
     "Raise DownloadError when a file is not the archive: its size first, then its MD5 sum where one is known."
     size = path.stat().st_size
     if size != archive.size:
-        raise DownloadError(f"{path} has {size} bytes, {archive.path} has {archive.size}: delete it and start again")
+        raise DownloadError(f"{path} has {size} bytes, {archive.path} has {archive.size}")
     if archive.md5 and (found := md5_of(path)) != archive.md5:
-        raise DownloadError(f"{path} has the MD5 sum {found}, {archive.path} has {archive.md5}: its bytes are wrong. "
-                            "Delete it and start again, from another --url if it comes back the same")
+        raise DownloadError(f"{path} has the MD5 sum {found}, {archive.path} has {archive.md5}: its bytes are wrong")
 
 # %% ../nbs/22_coco_tools.ipynb #31d28079
 def target_of(member: ZipInfo, root: Path) -> Path:
@@ -286,7 +285,7 @@ def unpack(path: Path, root: Path) -> dict[str, int]:
                 if not is_same(target, member):
                     write_member(file, member, target)
     except (BadZipFile, zlib.error, NotImplementedError) as error:
-        raise DownloadError(f"{path} is damaged: {error}. Delete it and start again") from error
+        raise DownloadError(f"{path} is damaged: {error}") from error
     return {member.filename: member.file_size for member in members}
 
 
@@ -369,11 +368,12 @@ def get_archive(root: Path, archive: Archive, url: str, connections: int, keep_a
     try:
         verify(path, archive)
         sizes = unpack_all(path, root)
-    except DownloadError:
-        if path != own:
-            path.unlink()
-            notes.unlink(missing_ok=True)
-        raise
+    except DownloadError as error:
+        if path == own:
+            raise DownloadError(f"{error}. Delete it and start again") from error
+        path.unlink()
+        notes.unlink(missing_ok=True)
+        raise DownloadError(f"{error}. It is deleted: start again, from another --url if that comes twice") from error
     note_of(root, archive).parent.mkdir(exist_ok=True)
     replace_text(note_of(root, archive), json.dumps(sizes))
     if path != own:
