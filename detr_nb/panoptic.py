@@ -470,12 +470,13 @@ def draw_panoptic(
     return ax
 
 # %% ../nbs/16_panoptic.ipynb #790422aa
-def row_weights(rows_in: int, rows_out: int) -> list[tuple[int, int, float]]:
+def row_weights(
+    rows_in: int, rows_out: int
+) -> tuple[Int[Tensor, "rows_out"], Int[Tensor, "rows_out"], Float[Tensor, "rows_out"]]:
     "For each row of the larger map the two rows it lies between, and the share of the second (bilinear)."
     place = ((torch.arange(rows_out) + 0.5) * (rows_in / rows_out) - 0.5).clamp(min=0)
     above = place.long().clamp(max=rows_in - 1)
-    below = (above + 1).clamp(max=rows_in - 1)
-    return list(zip(above.tolist(), below.tolist(), (place - above).tolist()))
+    return above, (above + 1).clamp(max=rows_in - 1), place - above
 
 # %% ../nbs/16_panoptic.ipynb #6541a4af
 class Contest:
@@ -490,23 +491,22 @@ class Contest:
         wide = masks.cpu()[None].contiguous(memory_format=torch.channels_last)  # the masks of a pixel side by side
         wide = F.interpolate(wide, (masks.shape[1], canvas[1]), mode="bilinear", align_corners=False)
         self.columns = wide[0, :, :, : size[1]].permute(1, 2, 0).contiguous()  # (h, W, K)
-        self.rows = row_weights(masks.shape[1], canvas[0])
+        self.above, self.below, self.share = row_weights(masks.shape[1], canvas[0])
         self.winners = torch.empty(size, dtype=torch.int64)  # 0..K-1
         for row in range(size[0]):
             self.decide(row, slice(None))
 
-    def decide(self, row: int, places: slice | Tensor) -> None:
-        "Find the winners at some places of a row."
-        above, below, share = self.rows[row]
-        line = torch.lerp(self.columns[above, places], self.columns[below, places], share)
+    def decide(self, row: int | Tensor, places: slice | Tensor) -> None:
+        "Find the winners in a row, or at single pixels."
+        share = self.share[row].to(self.columns.dtype)[..., None]
+        line = torch.lerp(self.columns[self.above[row], places], self.columns[self.below[row], places], share)
         self.winners[row, places] = torch.from_numpy(line.numpy().argmax(-1))  # numpy's is the fastest one
 
     def withdraw(self, masks: Bool[Tensor, "K"]) -> None:
         "Take masks out of the contest; their pixels go to the best of the others."
         self.columns[..., masks] = torch.finfo(self.columns.dtype).min
-        lost = masks[self.winners]
-        for row in lost.any(1).nonzero()[:, 0].tolist():
-            self.decide(row, lost[row].nonzero()[:, 0])
+        for lost in masks[self.winners].nonzero().split(4096):
+            self.decide(*lost.unbind(1))
 
 # %% ../nbs/16_panoptic.ipynb #fd5bc4eb
 def first_of_class(labels: Int[np.ndarray, "K"], is_thing: Bool[np.ndarray, "K"]) -> Int[np.ndarray, "K"]:
