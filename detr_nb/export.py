@@ -42,8 +42,8 @@ class LastAnswer(nn.Module):
     ) -> tuple[Float[Tensor, "B Q C+1"], Float[Tensor, "B Q 4"]]:  # logits; boxes, cxcywh as shares of the image
         "The last layer's logits and boxes."
         decoded, _, _ = self.model.decode(images, padding)
-        logits, boxes = self.model.answer(decoded[-1:])
-        return logits[0], boxes[0]
+        answer = self.model.answer(decoded[-1:])
+        return answer.logits[0], answer.boxes[0]
 
 # %% ../nbs/21_export.ipynb #4feee2dd
 def example_batch(
