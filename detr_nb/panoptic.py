@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['logger', 'SHADES', 'MATCHED', 'FALSE_ALARM', 'MISSED', 'Segments', 'read_is_thing', 'segment_lists',
            'check_segment_ids', 'read_segments', 'PanopticIndex', 'read_panoptic_index', 'png_names', 'annotated_rows',
-           'require_pngs', 'SegmentMap', 'read_segment_map', 'read_map', 'Omissions', 'PanopticDataset',
+           'require_pngs', 'SegmentMap', 'read_segment_map', 'read_map', 'Omissions', 'PanopticDataset', 'to_segments',
            'read_panoptic_sample', 'fill_boxes', 'thing_boxes', 'find_panoptic', 'open_panoptic', 'segment_colors',
            'places_in', 'tint_segments', 'deepest_point', 'segment_caption', 'draw_panoptic', 'row_weights', 'Contest',
            'first_of_class', 'nearest_resize', 'settle', 'segment_image', 'panoptic_segments', 'overlaps', 'Verdicts',
@@ -299,11 +299,7 @@ class PanopticDataset(CocoDataset):
 
     def segments(self, index: int) -> Segments:
         "The truth about an image with its crowds, as the evaluation needs it; segments without pixels are left out."
-        found = self.segment_map(int(self.rows[index]))
-        own, areas = found.rows[found.areas > 0], found.areas[found.areas > 0]
-        labels, crowd = self.index.objects.labels[own], self.index.objects.crowd[own]
-        ids, scores = self.panoptic.segment_ids[own], torch.ones(len(own))
-        return Segments(found.pixels, ids, labels, areas, self.is_thing[labels], crowd, scores)
+        return to_segments(self.panoptic, self.segment_map(int(self.rows[index])))
 
     def segment_map(self, row: int) -> SegmentMap:
         "The PNG of a row of the index; notes what is left out of it."
@@ -314,6 +310,14 @@ class PanopticDataset(CocoDataset):
     def coco_api(self) -> COCO:
         "A new pycocotools COCO of the things of this set's images, for box AP."
         return to_pycocotools(self.index._replace(objects=thing_boxes(self)), self.rows)
+
+# %% ../nbs/16_panoptic.ipynb #afb7b590
+def to_segments(index: PanopticIndex, found: SegmentMap) -> Segments:
+    "What a PNG shows, without the listed segments that are not there."
+    own, areas = found.rows[found.areas > 0], found.areas[found.areas > 0]
+    labels, crowd = index.coco.objects.labels[own], index.coco.objects.crowd[own]
+    ids, scores = index.segment_ids[own], torch.ones(len(own))
+    return Segments(found.pixels, ids, labels, areas, index.is_thing[labels], crowd, scores)
 
 # %% ../nbs/16_panoptic.ipynb #c405d1f1
 def read_panoptic_sample(dataset: PanopticDataset, row: int) -> Sample:
@@ -786,7 +790,7 @@ class PanopticDetections(NamedTuple):
     detections: Detections
     segments: list[Segments]  # of each image, at its original size
 
-
+# %% ../nbs/16_panoptic.ipynb #3ffaad7b
 class PanopticEvaluator(CocoEvaluator):
     "Scores a model on a panoptic set: PQ of its segment maps beside the box AP of the things."
 
