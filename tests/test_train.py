@@ -5,11 +5,19 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from accelerate import DistributedType
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
+from detr_nb.distributed import Process, gather_objects, spawn, world_size
 from detr_nb.shapes import write_shapes
+from detr_nb.train import LAPTOP, build_model, build_optimizer, learned_state, load_learned, whole_model
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -72,18 +80,46 @@ def train_on_eight(shapes: Path, folder: Path, *arguments: object) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
-@pytest.mark.parametrize(("pretrain_epochs", "reference"), [(1, "one_process"), (0, "one_process_from_scratch")])
+def losses_of(folder: Path, number: int, stage: str | None) -> list[float]:
+    "The losses of the first steps, which must be of this stage."
+    lines = steps(folder)[:number]
+    assert [line["step"] for line in lines] == list(range(number)) and {line.get("stage") for line in lines} == {stage}
+    return [line["loss"] for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "pretrain_epochs", "reference"),
+    [(TORCHRUN, 1, "one_process"), (ACCELERATE, 0, "one_process_from_scratch")],
+    ids=["torchrun, the backbone alone", "accelerate, DETR"],
+)
 def test_two_processes_with_half_the_batch_give_the_losses_of_one(
     launcher, pretrain_epochs, reference, shapes, tmp_path, request
 ):
     arguments = ["--shapes_path", shapes, "--output_dir", tmp_path, "--batch_size", 4, *SMALL]
     result = launch(*arguments, "--pretrain_epochs", pretrain_epochs, launcher=launcher)
     assert "2 processes" in result.stdout
-    ours, theirs = steps(tmp_path)[:10], steps(request.getfixturevalue(reference))[:10]
-    assert len(ours) == 10 and [line.get("stage") for line in ours] == [("backbone" if pretrain_epochs else None)] * 10
-    for a, b in zip(ours, theirs, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4), f"step {a['step']}"
+    stage = "backbone" if pretrain_epochs else None
+    ours, theirs = (losses_of(folder, 10, stage) for folder in (tmp_path, request.getfixturevalue(reference)))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_more_processes_with_the_same_global_batch_give_the_same_losses_and_the_same_ap(
+    num_processes, shapes, tmp_path
+):
+    together = ["--shapes_path", shapes, "--pretrain_epochs", 0, "--overfit", 80, "--epochs", 2, "--eval_every", 2]
+    torchrun = [f"--nproc_per_node={num_processes}" if "nproc" in word else word for word in TORCHRUN]
+    launch(*SMALL, *together, "--output_dir", tmp_path / "one", "--batch_size", 8)
+    launch(*SMALL, *together, "--output_dir", tmp_path / "more", "--batch_size", 8 // num_processes, launcher=torchrun)
+    ours, theirs = (losses_of(tmp_path / name, 20, None) for name in ("more", "one"))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    numbers = []
+    for launcher, batch_size in ((ALONE, 8), (torchrun, 8 // num_processes)):
+        checkpoint = ["--resume", tmp_path / "one/checkpoint.pth", "--eval", "--batch_size", batch_size]
+        result = launch("--shapes_path", shapes, "--overfit", 80, "--report_to", "none", *checkpoint, launcher=launcher)
+        numbers.append(json.loads(result.stdout[result.stdout.index("{\n") :])["test_coco_eval_bbox"])
+    assert numbers[0] == pytest.approx(numbers[1], abs=1e-6) and max(numbers[0]) > 0
 
 
 def test_a_run_writes_its_folder(one_process):
@@ -109,6 +145,93 @@ def test_eval_of_a_checkpoint_gives_the_numbers_of_its_log(one_process, shapes):
     tested = json.loads(result.stdout[result.stdout.index("{\n") :])
     line = json.loads((one_process / "log.txt").read_text().splitlines()[-1])
     assert tested["test_coco_eval_bbox"] == pytest.approx(line["test_coco_eval_bbox"], abs=1e-6)
+
+
+def tensors(path: Path) -> dict:
+    "A checkpoint's contents."
+    return torch.load(path, weights_only=True)
+
+
+def test_with_frozen_weights_only_the_mask_head_learns(one_process, shapes, tmp_path):
+    source = one_process / "checkpoint.pth"
+    arguments = ["--masks", "--frozen_weights", source, "--dropout", "0.1", "--lr_backbone", "1e-3"]
+    launch("--shapes_path", shapes, "--output_dir", tmp_path, "--batch_size", 8, *SMALL, *arguments)
+    before, after = tensors(source)["model"], tensors(tmp_path / "checkpoint.pth")
+    assert all(torch.equal(after["model"][f"detr.{name}"], tensor) for name, tensor in before.items())
+    head = [name for name in after["model"] if not name.startswith("detr.")]
+    assert len(after["optimizer"]["state"]) == len(head)  # all of them parameters
+    line = json.loads((tmp_path / "log.txt").read_text().splitlines()[-1])
+    assert len(line["test_coco_eval_masks"]) == 12 and line["train_loss_dice"] > 0
+    box_numbers = json.loads((one_process / "log.txt").read_text().splitlines()[-1])["test_coco_eval_bbox"]
+    assert line["test_coco_eval_bbox"] == pytest.approx(box_numbers, abs=1e-6)
+
+
+def test_a_panoptic_run_starts_from_boxes_and_is_resumed_and_evaluated(one_process, shapes, tmp_path):
+    arguments = ["--shapes_path", shapes, "--output_dir", tmp_path, "--batch_size", 8, *SMALL, "--resume", "auto"]
+    learn = ["--dataset_file", "coco_panoptic", "--masks", "--finetune", one_process / "best.pth", "--keep_classes"]
+    result = launch(*arguments, *learn, launcher=TORCHRUN)
+    assert "the rows of disc" in result.stdout and "2 processes" in result.stdout
+    line = json.loads((tmp_path / "log.txt").read_text().splitlines()[-1])
+    assert line["test_PQ_all"]["n"] == 10 and {"test_PQ_th", "test_PQ_st"} <= line.keys()
+    classes = tensors(tmp_path / "checkpoint.pth")["classes"]
+    assert sum(classes["is_thing"]) == 6 and len(classes["names"]) == 10
+    again = launch(*arguments, *learn, "--eval")
+    tested = json.loads(again.stdout[again.stdout.index("{\n") :])
+    assert tested["test_PQ_all"]["pq"] == pytest.approx(line["test_PQ_all"]["pq"], abs=1e-6)
+
+
+def test_frozen_weights_are_refused_without_masks_and_for_other_classes(one_process, shapes, tmp_path):
+    arguments = ["--shapes_path", shapes, "--output_dir", tmp_path, *SMALL]
+    frozen = ["--frozen_weights", one_process / "best.pth"]
+    result = launch(*arguments, *frozen, check=False)
+    assert result.returncode and "needs --masks" in result.stderr and "Traceback" not in result.stderr
+    result = launch(*arguments, *frozen, "--masks", "--dataset_file", "coco_panoptic", check=False)
+    assert result.returncode and "Train the boxes first" in result.stderr and "Traceback" not in result.stderr
+
+
+def shard(seed: int) -> tuple:
+    "A small DETR, cut up by FSDP among the processes, with its optimizer, as a run holds them."
+    torch.manual_seed(seed)
+    config = replace(LAPTOP, enc_layers=1, dec_layers=1, hidden_dim=32, dim_feedforward=64, optimizer="adamw")
+    model = build_model(config, num_classes=3)
+    for layer in (*model.transformer.encoder.layers, *model.transformer.decoder.layers, model):
+        fully_shard(layer, mesh=init_device_mesh("cpu", (world_size(),)))
+    optimizer = build_optimizer(model, config)
+    return model, SimpleNamespace(
+        config=config, model=model, bare_model=model, epoch=0, process=SimpleNamespace(device=torch.device("cpu")),
+        accelerator=SimpleNamespace(distributed_type=DistributedType.FSDP),
+        optimizer=SimpleNamespace(optimizer=optimizer, param_groups=optimizer.param_groups),
+        train_loader=SimpleNamespace(dataset=SimpleNamespace(categories=SimpleNamespace(num_classes=3))),
+    )
+
+
+def sharded_round_trip(process: Process) -> dict:
+    "Take a step, save, load into another model, save again; and the answers of the whole and of the cut-up model."
+    (model, run), (_, other) = shard(0), shard(1)
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(process.rank))
+    predictions = model(images)
+    (predictions.boxes.sum() + predictions.logits.sum()).backward()
+    run.optimizer.optimizer.step()
+    saved = learned_state(run)
+    everywhere = gather_objects(saved)[0] | {"epoch": 0}  # the file that all processes read
+    load_learned(other, everywhere)
+    again = learned_state(other)
+    answers = whole_model(run).eval()(images).logits, model.eval()(images).logits
+    return {"saved": saved, "again": again, "answers": [answer.detach() for answer in answers]}
+
+
+@pytest.mark.slow
+def test_a_model_that_fsdp_has_cut_up_is_saved_whole_and_resumed():
+    first, second = spawn(sharded_round_trip, 2)
+    whole = build_model(replace(LAPTOP, enc_layers=1, dec_layers=1, hidden_dim=32, dim_feedforward=64), 3).state_dict()
+    assert {name: x.shape for name, x in first["saved"]["model"].items()} == {n: x.shape for n, x in whole.items()}
+    assert all(torch.equal(x, first["again"]["model"][name]) for name, x in first["saved"]["model"].items())
+    moments = first["saved"]["optimizer"]["state"]
+    assert moments.keys() == whole.keys()  # no buffers in this model
+    for name, state in moments.items():
+        assert all(torch.equal(x, first["again"]["optimizer"]["state"][name][key]) for key, x in state.items())
+    for answers in (first["answers"], second["answers"]):
+        torch.testing.assert_close(*answers)
 
 
 def test_one_process_under_accelerate_uses_all_cores(shapes, tmp_path):
