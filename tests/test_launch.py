@@ -1,5 +1,6 @@
 """How a run starts and how it ends: the shipped configurations, the script for SLURM, and processes that fall."""
 
+import itertools
 import json
 import os
 import signal
@@ -19,8 +20,13 @@ from accelerate.utils import FullyShardedDataParallelPlugin, prepare_multi_gpu_e
 from PIL import Image
 from test_distributed import clean_environ, open_process, slurm_environ
 
+from detr_nb.batching import make_loader
+from detr_nb.checkpoints import load_detector
+from detr_nb.coco import CocoDataset
 from detr_nb.detr import build_detr
 from detr_nb.distributed import Process, gather_tensors, on_main, read_timeout, spawn
+from detr_nb.evaluation import CocoEvaluator, as_dictionaries, evaluate
+from detr_nb.transforms import paper_transform
 
 ROOT = Path(__file__).resolve().parent.parent
 ACCELERATE = ROOT / "configs/accelerate"
@@ -391,17 +397,21 @@ train.main(sys.argv[1:])
 """
 
 
-def train(folder: Path, uneven: Path, batch_size: int, *launcher: str, change: str = "pass", **environ: str):
-    "Run the trainer in one or two processes; `change` is what rank 1 does before it reads its third image."
-    (folder / "train.py").write_text(TRAIN.replace("CHANGE", change))
+def arguments_for(folder: Path, uneven: Path, batch_size: int, *more: object) -> list[str]:
+    "The trainer's command line."
     data = ["--train_annotations", uneven / "annotations.json", "--val_annotations", uneven / "annotations.json"]
-    arguments = [*data, "--output_dir", folder / "run", "--batch_size", batch_size, *SMALL]
-    process = open_process(clean_environ(**environ), *launcher, str(folder / "train.py"), *map(str, arguments))
-    output, errors = process.communicate(timeout=300)
-    return process.returncode, output, errors
+    return [str(part) for part in (*data, "--output_dir", folder / "run", "--batch_size", batch_size, *SMALL, *more)]
 
 
-TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+def train(folder: Path, arguments: list[str], processes: int = 1, change: str = "pass") -> str:
+    "Run the trainer, alone or by torchrun; `change` is what rank 1 does before it reads its third image."
+    (folder / "train.py").write_text(TRAIN.replace("CHANGE", change))
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
+    process = open_process(clean_environ(), *launcher[: 4 * (processes > 1)], str(folder / "train.py"), *arguments)
+    output, errors = process.communicate(timeout=400)
+    if process.returncode:
+        raise RuntimeError(errors)
+    return output
 
 
 def read_losses(folder: Path) -> list[float]:
@@ -409,39 +419,84 @@ def read_losses(folder: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def alone(uneven, tmp_path_factory) -> list[float]:
-    "The losses of one process."
+def alone(uneven, tmp_path_factory) -> Path:
+    "The folder of one process."
     folder = tmp_path_factory.mktemp("alone")
-    code, _, errors = train(folder, uneven, 2)
-    assert code == 0, errors
-    return read_losses(folder)
+    train(folder, arguments_for(folder, uneven, 2))
+    return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", ["pass", "time.sleep(30)"], ids=["as they are", "one is slow by 30 s"])
 def test_no_objects_here_and_a_hundred_there_give_the_losses_of_one_process(change, alone, uneven, tmp_path):
-    code, _, errors = train(tmp_path, uneven, 1, *TWO, change=change)
-    assert code == 0, errors
+    train(tmp_path, arguments_for(tmp_path, uneven, 1), 2, change)
     losses = read_losses(tmp_path)
-    assert len(losses) == len(alone) == 12
-    assert losses == pytest.approx(alone, rel=1e-4)
+    assert len(losses) == 12 and losses == pytest.approx(read_losses(alone), rel=1e-4)
 
 
 @pytest.mark.slow
 def test_srun_starts_the_same_run(alone, uneven, tmp_path):
-    (tmp_path / "train.py").write_text(TRAIN.replace("CHANGE", "pass"))
-    data = ["--train_annotations", uneven / "annotations.json", "--val_annotations", uneven / "annotations.json"]
-    arguments = [str(part) for part in (*data, "--output_dir", tmp_path / "run", "--batch_size", 1, *SMALL)]
+    arguments = arguments_for(tmp_path, uneven, 1)
     environs = [slurm_environ(rank, 2, JOB + 9) for rank in range(2)]
     tasks = [open_process(environ, "-m", "detr_nb.train", *arguments) for environ in environs]
     outputs = [task.communicate(timeout=300) for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], outputs
-    assert read_losses(tmp_path) == pytest.approx(alone, rel=1e-4)
+    assert read_losses(tmp_path) == pytest.approx(read_losses(alone), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_one_two_and_four_processes_with_the_same_global_batch_give_the_same_losses_and_ap(uneven, tmp_path):
+    "Twenty steps of four images."
+    losses, aps = [], []
+    for processes in (1, 2, 4):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        more = ("--epochs", 10, "--eval_every", 10)
+        train(folder, arguments_for(folder, uneven, 4 // processes, *more), processes)
+        losses.append(read_losses(folder))
+        aps.append(json.loads((folder / "run/log.txt").read_text().splitlines()[-1])["test_coco_eval_bbox"])
+    assert len(losses[0]) == 20
+    for other in (1, 2):
+        assert losses[other] == pytest.approx(losses[0], rel=1e-4)
+        assert aps[other] == pytest.approx(aps[0], abs=1e-6)
+
+
+def from_own_detections(checkpoint: Path, uneven: Path, path: Path) -> Path:
+    "Annotations near the ten best detections of each image, so that AP is neither zero nor one."
+    dataset = CocoDataset(uneven, uneven / "annotations.json", transform=paper_transform(train=False, scale=96 / 800))
+    evaluator, model = CocoEvaluator(dataset), load_detector(checkpoint).model
+    evaluate(model, make_loader(dataset, 4, shuffle=False), evaluator, "cpu")
+    content, rng = json.loads((uneven / "annotations.json").read_text()), np.random.default_rng(1)
+    content["annotations"] = annotations = []
+    results = list(as_dictionaries(evaluator.results("bbox")))
+    results.sort(key=lambda result: (result["image_id"], -result["score"]))
+    for _, of_image in itertools.groupby(results, key=lambda result: result["image_id"]):
+        for result in list(of_image)[:100:10]:
+            box = [max(value, 1.0) for value in (np.array(result["bbox"]) * rng.uniform(0.9, 1.1, 4)).tolist()]
+            annotations.append({"id": len(annotations) + 1, "image_id": result["image_id"], "bbox": box,
+                                "area": box[2] * box[3], "category_id": result["category_id"], "iscrowd": 0})
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.slow
+def test_a_checkpoint_has_the_same_twelve_numbers_with_one_two_and_three_processes(alone, uneven, tmp_path):
+    truth = from_own_detections(alone / "run/checkpoint.pth", uneven, tmp_path / "truth.json")
+    more = ("--eval", "--resume", alone / "run/checkpoint.pth", "--val_annotations", truth, "--val_images", uneven)
+    numbers = []
+    for processes in (1, 2, 3):
+        output = train(tmp_path, arguments_for(tmp_path, uneven, 2, "--train_images", uneven, *more), processes)
+        numbers.append(json.loads(output[output.index("{\n") :])["test_coco_eval_bbox"])
+    assert 0.02 < numbers[0][0] < 0.98
+    for other in (1, 2):
+        assert numbers[other] == pytest.approx(numbers[0], abs=1e-6)
 
 
 @pytest.mark.slow
 def test_an_error_in_a_training_ends_it_and_is_shown_once(uneven, tmp_path):
     began = time.monotonic()
-    code, _, errors = train(tmp_path, uneven, 1, *TWO, change="raise KeyError('a label')")
-    assert code != 0 and time.monotonic() - began < 90
+    with pytest.raises(RuntimeError) as failure:
+        train(tmp_path, arguments_for(tmp_path, uneven, 1), 2, change="raise KeyError('a label')")
+    errors = str(failure.value)
+    assert time.monotonic() - began < 90
     assert errors.count("KeyError: 'a label'") == 1 and "rank 1 of 2" in errors, errors
