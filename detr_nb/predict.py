@@ -53,7 +53,7 @@ Source = str | Path | Image.Image  # a file, a URL, or a picture in memory
 class PictureError(ValueError):
     "A picture that cannot be had or read; the message says why."
 
-# %% ../nbs/19_predict.ipynb #3bd4c1de
+
 def to_bytes(levels: np.ndarray) -> UInt8[np.ndarray, "H W"]:
     "Grey levels of 16 bits by their upper half; wider ones and floats stretched from darkest to brightest."
     if levels.dtype.kind in "iu" and levels.min() >= 0 and levels.max() < 2**16:
@@ -86,7 +86,7 @@ def download(url: str, timeout_s: float = 30.0) -> bytes:
     except (OSError, ValueError) as error:  # no such host, a refusal, a timeout; not a URL
         raise PictureError(f"it cannot be fetched ({error})") from error
 
-# %% ../nbs/19_predict.ipynb #e1fb3387
+
 def read_picture(source: Source | bytes) -> Image.Image:
     "A picture as people see it: upright, RGB, the first frame of an animation; raises `PictureError`."
     if is_url(source):
@@ -112,7 +112,7 @@ def sizing(preprocessing: Preprocessing) -> Transform:
         return Resize([short_side], max_size)
     return Limit(max_size) if max_size else Compose([])
 
-# %% ../nbs/19_predict.ipynb #a18d185d
+
 class Prepared(NamedTuple):
     "A picture on its way to the model, or why it will not get there."
 
@@ -185,7 +185,7 @@ class Result(NamedTuple):
     names: tuple[str, ...]  # of the class, one for each box
     problem: str | None = None  # why there is nothing
 
-# %% ../nbs/19_predict.ipynb #f07bf100
+
 def detect(
     detector: Detector,
     batch: Sequence[Prepared],  # with images
@@ -313,7 +313,7 @@ def fit_font(
     size = min(size, int(size * width / max(load_font(size).getlength(text), 1)))
     return load_font(size) if size >= 6 else None
 
-# %% ../nbs/19_predict.ipynb #67dbe8d8
+
 def caption_place(
     box: Sequence[float],  # xyxy, pixels
     size: tuple[int, int],  # (width, height) of the caption, pixels
@@ -483,7 +483,7 @@ def predict_command(argv: list[str] | None = None) -> None:
     if num_left_out:
         raise SystemExit(f"pictures that could not be read: {num_left_out}, named above and in detections.json")
 
-# %% ../nbs/19_predict.ipynb #32cdd7ca
+
 if __name__ == "__main__" and __package__ == "detr_nb":  # the second half keeps the notebook from starting it
     predict_command()
 
