@@ -95,11 +95,14 @@ def crop(
     boxes = clip_boxes(moved, height, width)
     keep = box_area(boxes) > min_visible * box_area(moved)
     rows, columns = slice(top, top + height), slice(left, left + width)
+    masks = None if sample.masks is None else sample.masks[:, rows, columns]
+    if masks is not None:
+        keep &= masks.flatten(1).any(1)
     return sample._replace(
         image=sample.image[:, rows, columns],
         boxes=boxes[keep],
         labels=sample.labels[keep],
-        masks=None if sample.masks is None else sample.masks[keep][:, rows, columns],
+        masks=None if masks is None else masks[keep],
     )
 
 # %% ../nbs/06_transforms.ipynb #823c1e94
