@@ -9,7 +9,7 @@ __all__ = ['Launcher', 'logger', 'STARTS', 'GROUP', 'Number', 'Launch', 'read_in
            'Lifelines', 'write_and_exit', 'end_because_of', 'Watch', 'receive_lines', 'reach_rank_zero',
            'address_towards', 'open_watch', 'Process', 'choose_device', 'to_environ', 'read_timeout', 'start',
            'join_group', 'barrier', 'stop', 'stop_at_exit', 'fail_together', 'stage', 'like', 'reduce_sum', 'to_float',
-           'reduce_mean', 'gather_tensors', 'to_bytes', 'from_bytes', 'gather_objects', 'on_main', 'portable',
+           'reduce_mean', 'gather_tensors', 'pack_object', 'unpack_object', 'gather_objects', 'on_main', 'portable',
            'start_child', 'run_task', 'wait_for', 'spawn', 'describe_process', 'gradient_share', 'git', 'code_version',
            'share_of_cores', 'set_threads']
 
@@ -617,15 +617,15 @@ def gather_tensors(x: Shaped[Tensor, "N ..."]) -> list[Shaped[Tensor, "M ..."]]:
     return [part[:length].cpu() for part, length in zip(gathered, lengths)]
 
 # %% ../nbs/00_distributed.ipynb #7db1cf2d
-def to_bytes(obj: Any) -> bytes:
+def pack_object(obj: Any) -> bytes:
     "Any object, pickled; its tensors by torch's own way."
     buffer = io.BytesIO()
     torch.save(obj, buffer)
     return buffer.getvalue()
 
 
-def from_bytes(data: bytes) -> Any:
-    "What `to_bytes` has packed, tensors on the CPU; only for what our own processes sent."
+def unpack_object(data: bytes) -> Any:
+    "What `pack_object` has packed, tensors on the CPU; only for what our own processes sent."
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
 
 
@@ -634,8 +634,8 @@ def gather_objects(obj: Any) -> list[Any]:
     if world_size() == 1:
         return [obj]
     packed: list[Any] = [None] * world_size()
-    dist.all_gather_object(packed, to_bytes(obj))
-    return [from_bytes(data) for data in packed]
+    dist.all_gather_object(packed, pack_object(obj))
+    return [unpack_object(data) for data in packed]
 
 # %% ../nbs/00_distributed.ipynb #54404f1a
 def on_main(function: Callable[[], Any]) -> Any:
@@ -648,11 +648,11 @@ def on_main(function: Callable[[], Any]) -> Any:
             outcome = function()
         except Exception as error:
             outcome = error
-        store.set(key, to_bytes(portable(outcome)))
+        store.set(key, pack_object(portable(outcome)))
     else:
         while not store.check([key]):
             time.sleep(0.05)
-        outcome = from_bytes(store.get(key))
+        outcome = unpack_object(store.get(key))
     barrier()  # rank 0 keeps the store: it must not end before all have read
     if isinstance(outcome, Exception):
         raise outcome
@@ -663,7 +663,7 @@ def portable(outcome: Any) -> Any:
     "The same, but an error that cannot be pickled becomes one that can."
     if isinstance(outcome, Exception):
         try:
-            from_bytes(to_bytes(outcome))
+            unpack_object(pack_object(outcome))
         except Exception:
             return RuntimeError(f"{type(outcome).__name__}: {outcome}")
     return outcome
