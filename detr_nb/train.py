@@ -1062,6 +1062,7 @@ def end_if_asked(run: Run) -> None:
     if not reduce_sum(len(SIGNALS)):
         return
     save(run)
+    barrier()  # whoever leaves early may take the one with the pen along
     logger.info("asked to stop: saved after batch %d of epoch %d; the same command with --resume auto goes on",
                 run.batch, run.epoch)
     raise SystemExit(REQUEUE)
