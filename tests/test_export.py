@@ -59,11 +59,11 @@ def test_the_file_says_what_the_model_says(name: str, folder: Path, ledger: Ledg
             images, padding = make_batch(count, *size)
             with torch.no_grad():
                 expected = model(images, padding)
-            for ours, theirs in zip(exported(images, padding), expected):
+            for ours, theirs in zip(exported(images, padding)[:2], expected):
                 ledger.compare("ONNX, logits and boxes", ours, theirs[-1:], ONNXRUNTIME)
     with torch.no_grad():
         alone = model(images[:1])
-    for ours, theirs in zip(exported(images[:1]), alone):  # no mask at all
+    for ours, theirs in zip(exported(images[:1])[:2], alone):  # no mask at all
         ledger.compare("ONNX, logits and boxes", ours, theirs[-1:], ONNXRUNTIME)
 
 
