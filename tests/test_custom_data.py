@@ -118,7 +118,7 @@ def test_files_by_name_train_like_the_folder(run, export, tmp_path):
     assert logs[0]["train_loss"] == logs[1]["train_loss"]
 
 
-def test_fine_tuning_takes_the_checkpoint_s_model_and_the_set_s_classes(run, export, tmp_path):
+def test_fine_tuning_takes_the_checkpoint_s_model_and_the_set_s_classes(run, export, tmp_path, caplog):
     other = tmp_path / "other"
     for seed, split in enumerate(("train", "valid")):
         path = write_split(other / split, seed)
@@ -126,8 +126,10 @@ def test_fine_tuning_takes_the_checkpoint_s_model_and_the_set_s_classes(run, exp
         content["categories"] = [c for c in content["categories"] if c["id"] in (0, 5)]
         content["annotations"] = [a for a in content["annotations"] if a["category_id"] == 5]
         path.write_text(json.dumps(content))
+    caplog.set_level("INFO")
     train.main(["--coco_path", str(other), "--finetune", str(run / "checkpoint.pth"), "--lr", "0", "--lr_backbone", "0",
                 "--output_dir", str(tmp_path / "run"), *QUIET])  # fmt: skip
+    assert "anew class_embed.weight (2, 32)" in caplog.text and "not used class_embed.weight (4, 32)" in caplog.text
     before, after = (load_detector(folder / "checkpoint.pth") for folder in (run, tmp_path / "run"))
     assert after.names == ("white",) and after.category_ids == (5,) and after.model.num_classes == 1
     assert architecture(after.model) | {"num_classes": 3} == architecture(before.model)
