@@ -254,5 +254,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_images(shape
         "--shapes_path", shapes, "--output_dir", tmp_path, "--batch_size", 8, *SMALL, *arguments, check=False
     )
     assert result.returncode != 0 and "Traceback" not in result.stderr
-    for words in ("not finite", "step", "image ids", "learning rates", "last losses"):
+    for words in ("not finite", "step 1", "image ids", "Learning rates", "last losses", "not_finite-0.json"):
         assert words in result.stderr, result.stderr
+    report = json.loads((tmp_path / "not_finite-0.json").read_text())
+    assert report["step"] == 1 and len(report["image_ids"]) == 8 and len(report["boxes"]) == sum(report["counts"])
+    assert report["first_not_finite"].startswith(("the output of", "the parameter")) and report["last_losses"]
