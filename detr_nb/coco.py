@@ -9,10 +9,11 @@ __all__ = ['LISTS', 'POLYGONS', 'KEEP_FROM', 'KEPT_FORMAT', 'SPLIT_NAMES', 'Samp
            'integers', 'require_unique', 'repeated', 'find_heading', 'read_categories', 'read_image_columns', 'is_box',
            'read_boxes', 'clip_to_image', 'find_bad_boxes', 'warn_about_boxes', 'keep_sound', 'rows_of',
            'read_annotation_ids', 'read_crowd', 'listed_areas', 'fill_areas', 'read_objects', 'read_index', 'kept_file',
-           'save_index', 'load_index', 'open_index', 'decode_with_pil', 'read_image', 'wrong_size', 'read_sample',
-           'missing_files', 'require_files', 'annotations_of', 'to_pycocotools', 'IndexView', 'CocoDataset',
-           'annotation_files', 'find_split', 'open_coco', 'runs_of', 'check_runs', 'sound_polygons', 'to_run_length',
-           'has_outline', 'read_outlines', 'decode_outlines', 'Finding', 'index_findings', 'quick_check']
+           'save_index', 'load_index', 'sum_of', 'open_index', 'decode_with_pil', 'read_image', 'wrong_size',
+           'read_sample', 'missing_files', 'require_files', 'annotations_of', 'to_pycocotools', 'IndexView',
+           'CocoDataset', 'annotation_files', 'find_split', 'open_coco', 'runs_of', 'check_runs', 'sound_polygons',
+           'to_run_length', 'has_outline', 'read_outlines', 'decode_outlines', 'Finding', 'index_findings',
+           'quick_check']
 
 # %% ../nbs/05_coco.ipynb #ba3f9906
 import gc
@@ -525,21 +526,30 @@ def load_index(digest: str, file: Path) -> tuple[CocoIndex, list[str]] | None:
     return CocoIndex(images, objects, Categories(tuple(about["names"]), tuple(about["ids"]))), about["said"]
 
 # %% ../nbs/05_coco.ipynb #5352cf8c
+def sum_of(path: Path) -> str:
+    "The SHA-256 sum of a file, read in small parts."
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            total.update(part)
+    return total.hexdigest()
+
+
 def open_index(path: Path | str, with_masks: bool = False) -> CocoIndex:
     "As `read_index`; the index of a large file comes from the copy beside it, if that was made of the same bytes."
     path = Path(path)
-    data = read_bytes(path)
-    if len(data) < KEEP_FROM:
-        return read_index(path, with_masks, data)
-    digest, file = hashlib.sha256(data).hexdigest(), kept_file(path, with_masks)
-    if found := load_index(digest, file):
-        index, said = found
-    else:
+    file = kept_file(path, with_masks)
+    found = load_index(sum_of(path), file) if file.is_file() and path.is_file() else None
+    if not found:
+        data = read_bytes(path)
+        if len(data) < KEEP_FROM:
+            return read_index(path, with_masks, data)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             index = read_index(path, with_masks, data)
-        said = [str(warning.message).removeprefix(f"{path}: ") for warning in caught]
-        save_index(index, said, digest, file)
+        found = index, [str(warning.message).removeprefix(f"{path}: ") for warning in caught]
+        save_index(*found, hashlib.sha256(data).hexdigest(), file)
+    index, said = found
     for text in said:
         warnings.warn(f"{path}: {text}", DataWarning, stacklevel=2)
     return index
