@@ -2,16 +2,17 @@
 
 # %% auto #0
 __all__ = ['logger', 'RELEASED_URL', 'RELEASED', 'HALVES', 'ENCODER', 'DECODER', 'TABLES', 'BLOCK', 'NAMES', 'RESNET', 'TIMM',
-           'DEPTHS', 'COCO_NAMES', 'CHECKPOINT', 'PREVIOUS', 'CLASS_HEAD', 'CheckpointError', 'save_checkpoint',
-           'load_file', 'load_safetensors', 'cached', 'fetch_once', 'load_address', 'Contents', 'read_source', 'beside',
-           'split_contents', 'rename', 'reversed_table', 'modern_name', 'join_projections', 'split_projections',
-           'layout_of', 'our_name', 'our_tensors', 'mask_tensors', 'count_blocks', 'read_backbone', 'read_architecture',
-           'complete', 'settings_of_ours', 'told', 'load_model', 'load_layout', 'from_released', 'from_transformers',
-           'architecture', 'check_writable', 'plain_tensors', 'to_released', 'released_name', 'to_transformers',
-           'class_names', 'Preprocessing', 'Detector', 'load_detector', 'load_checkpoint', 'newest_checkpoint',
-           'settings_changed', 'named_model', 'detr_resnet50', 'detr_resnet50_dc5', 'detr_resnet101',
-           'detr_resnet101_dc5', 'detr_resnet50_panoptic', 'detr_resnet50_dc5_panoptic', 'detr_resnet101_panoptic',
-           'Report', 'class_rows', 'take_queries', 'take_classes', 'finetune']
+           'DEPTHS', 'COCO_NAMES', 'COCO_STUFF', 'PANOPTIC_CLASSES', 'CHECKPOINT', 'PREVIOUS', 'CLASS_HEAD',
+           'CheckpointError', 'save_checkpoint', 'load_file', 'load_safetensors', 'cached', 'fetch_once',
+           'load_address', 'Contents', 'read_source', 'beside', 'split_contents', 'rename', 'reversed_table',
+           'modern_name', 'join_projections', 'split_projections', 'layout_of', 'our_name', 'our_tensors',
+           'mask_tensors', 'count_blocks', 'read_backbone', 'read_architecture', 'complete', 'settings_of_ours', 'told',
+           'load_model', 'load_layout', 'from_released', 'from_transformers', 'architecture', 'check_writable',
+           'plain_tensors', 'to_released', 'released_name', 'to_transformers', 'class_names', 'thing_classes',
+           'Preprocessing', 'Detector', 'load_detector', 'load_checkpoint', 'newest_checkpoint', 'settings_changed',
+           'named_model', 'detr_resnet50', 'detr_resnet50_dc5', 'detr_resnet101', 'detr_resnet101_dc5',
+           'detr_resnet50_panoptic', 'detr_resnet50_dc5_panoptic', 'detr_resnet101_panoptic', 'Report', 'class_rows',
+           'take_queries', 'take_classes', 'finetune']
 
 # %% ../nbs/17_checkpoints.ipynb #a346202f
 import argparse
@@ -327,7 +328,8 @@ def mask_tensors(contents: Contents) -> dict[str, Tensor]:
     "The mask head's tensors, which ours names as the released code does; raises `CheckpointError`."
     head = {name: tensor for name, tensor in contents.tensors.items() if our_name(name, layout_of(contents)) is None}
     if not head:
-        raise CheckpointError(f"{contents.name} has no mask head: load it without masks, or give a panoptic model")
+        raise CheckpointError(f"{contents.name} has no mask head: load it without masks, or give a model with one, a run "
+                              "with --masks or one of " + ", ".join(name for name in RELEASED if "panoptic" in name))
     return head
 
 # %% ../nbs/17_checkpoints.ipynb #6b08e03f
@@ -421,13 +423,13 @@ def load_model(
     **known: Any,  # arguments of `build_detr` that go before what is read
 ) -> DETR | SegmentationDETR:
     "Build the model that a checkpoint describes, fill it, and switch it to evaluation; raises `CheckpointError`."
-    tensors = our_tensors(contents, masks)
+    tensors, head = our_tensors(contents, masks), mask_tensors(contents) if masks else {}
     known = {key: value for key, value in known.items() if value is not None}
     with torch.device("meta"):  # without values: all of them are in the checkpoint
         model = build_detr(**read_architecture(tensors) | told(contents) | known, pretrained=None)
         model = build_segmentation(model) if masks else model
     if masks:
-        tensors = {f"detr.{name}": tensor for name, tensor in tensors.items()} | mask_tensors(contents)
+        tensors = {f"detr.{name}": tensor for name, tensor in tensors.items()} | head
     try:
         dtype = torch.promote_types(next(iter(tensors.values())).dtype, torch.float32)
         model = model.to(dtype).to_empty(device="cpu")
@@ -535,17 +537,41 @@ COCO_NAMES = tuple(
 )  # by COCO's category id, 0..90, as the released models count; 11 ids are not used
 
 
+COCO_STUFF = {
+    92: "banner", 93: "blanket", 95: "bridge", 100: "cardboard", 107: "counter", 109: "curtain", 112: "door-stuff",
+    118: "floor-wood", 119: "flower", 122: "fruit", 125: "gravel", 128: "house", 130: "light", 133: "mirror-stuff",
+    138: "net", 141: "pillow", 144: "platform", 145: "playingfield", 147: "railroad", 148: "river", 149: "road",
+    151: "roof", 154: "sand", 155: "sea", 156: "shelf", 159: "snow", 161: "stairs", 166: "tent", 168: "towel",
+    171: "wall-brick", 175: "wall-stone", 176: "wall-tile", 177: "wall-wood", 178: "water-other", 180: "window-blind",
+    181: "window-other", 184: "tree-merged", 185: "fence-merged", 186: "ceiling-merged", 187: "sky-other-merged",
+    188: "cabinet-merged", 189: "table-merged", 190: "floor-other-merged", 191: "pavement-merged",
+    192: "mountain-merged", 193: "grass-merged", 194: "dirt-merged", 195: "paper-merged", 196: "food-other-merged",
+    197: "building-other-merged", 198: "rock-merged", 199: "wall-other-merged", 200: "rug-merged",
+}  # by COCO's category id, as the released panoptic models count; merged: of several classes of COCO-Stuff
+
+# %% ../nbs/17_checkpoints.ipynb #8ce7225c
+PANOPTIC_CLASSES = 250  # of the released panoptic models: 1..90 things, 92..200 stuff, the rest never used
+
+
 def class_names(contents: Contents, num_classes: int) -> tuple[str, ...] | None:
     "The names of a checkpoint's classes; None when it does not say and is not one of COCO's."
     if "classes" in contents.rest:
         return tuple(contents.rest["classes"]["names"])
     if labels := contents.rest.get("config.json", {}).get("id2label"):
         return tuple(labels.get(str(index), "N/A") for index in range(num_classes))
-    if num_classes in (91, 250):  # the panoptic models have 250, of which 1..90 are COCO's objects
-        return (COCO_NAMES + tuple(f"category {index}" for index in range(91, num_classes)))[:num_classes]
+    if num_classes in (len(COCO_NAMES), PANOPTIC_CLASSES):
+        return COCO_NAMES + tuple(COCO_STUFF.get(index, "N/A") for index in range(len(COCO_NAMES), num_classes))
     return None
 
-# %% ../nbs/17_checkpoints.ipynb #25396b96
+
+def thing_classes(contents: Contents, num_classes: int) -> tuple[bool, ...] | None:
+    "For each class whether it is a thing, else it is stuff; None for a model that knows no stuff."
+    if "classes" in contents.rest:
+        kinds = contents.rest["classes"].get("is_thing")
+        return None if kinds is None else tuple(kinds)
+    return tuple(index < len(COCO_NAMES) for index in range(num_classes)) if num_classes == PANOPTIC_CLASSES else None
+
+# %% ../nbs/17_checkpoints.ipynb #bc16eff4
 class Preprocessing(NamedTuple):
     "The size that a model wants its images in."
     short_side: int | None  # pixels; None: as it is
@@ -558,22 +584,23 @@ class Detector(NamedTuple):
     names: tuple[str, ...]  # of each class
     category_ids: tuple[int, ...]  # of each class, in the data set it was trained on
     preprocessing: Preprocessing
+    is_thing: tuple[bool, ...] | None = None  # of each class; False: stuff; None for a model that knows no stuff
 
-# %% ../nbs/17_checkpoints.ipynb #bc16eff4
+# %% ../nbs/17_checkpoints.ipynb #01d199c5
 def load_detector(
     source: str | Path | Mapping,  # a path, an address, a name such as "detr_resnet50", or the loaded checkpoint
-    masks: bool = False,  # with the mask head, of ours or of the released code
+    masks: bool = False,  # with the mask head, of ours or of the released code; there must be one
 ) -> Detector:
     "Any checkpoint, of ours, of the released code or of transformers, ready to be used; raises `CheckpointError`."
     contents = read_source(source)
-    if layout_of(contents) == "detr_nb":
-        model, state = load_model(contents, masks), settings_of_ours(contents)
-        classes, size = state["classes"], Preprocessing(**state["preprocessing"])
-        return Detector(model, tuple(classes["names"]), tuple(classes["ids"]), size)
     model = load_model(contents, masks)
     count = (model.detr if masks else model).num_classes
-    names = class_names(contents, count) or tuple(f"class {index}" for index in range(count))
-    return Detector(model, names, tuple(range(count)), Preprocessing(800, 1333))
+    names, kinds = class_names(contents, count), thing_classes(contents, count)
+    if layout_of(contents) == "detr_nb":
+        state = settings_of_ours(contents)
+        return Detector(model, names, tuple(state["classes"]["ids"]), Preprocessing(**state["preprocessing"]), kinds)
+    names = names or tuple(f"class {index}" for index in range(count))
+    return Detector(model, names, tuple(range(count)), Preprocessing(800, 1333), kinds)
 
 # %% ../nbs/17_checkpoints.ipynb #3985efc4
 def load_checkpoint(path: str | Path) -> dict:
@@ -626,7 +653,7 @@ def named_model(
     if not pretrained:
         model = build_detr(num_classes, name.split("_")[1], dilation="dc5" in name, pretrained=None)
         return build_segmentation(model) if masks else model
-    count = 250 if masks else len(COCO_NAMES)
+    count = PANOPTIC_CLASSES if masks else len(COCO_NAMES)
     if num_classes != count:
         raise ValueError(
             f"the released {name} has {count} classes, not {num_classes}: "

@@ -2,10 +2,13 @@
 
 # %% auto #0
 __all__ = ['logger', 'Source', 'SUFFIXES', 'PictureError', 'to_bytes', 'to_rgb', 'is_url', 'download', 'read_picture', 'sizing',
-           'Prepared', 'prepare_picture', 'map_ahead', 'batch_by_shape', 'Result', 'detect', 'left_out', 'predict_each',
-           'pictures_in', 'find_pictures', 'pick_device', 'predict', 'load_font', 'fit_font', 'caption_place',
-           'draw_result', 'image_ids', 'to_coco_annotations', 'CocoWriter', 'PredictSettings', 'drawn_names',
-           'draw_into', 'write_predictions', 'predict_command', 'Attention', 'attention_of']
+           'Prepared', 'prepare_picture', 'map_ahead', 'batch_by_shape', 'Result', 'segmentations', 'boxes_only',
+           'run_model', 'kept_queries', 'encode_each', 'cut_pictures', 'detect', 'left_out', 'predict_each',
+           'pictures_in', 'find_pictures', 'pick_device', 'open_detector', 'predict', 'load_font', 'fit_font',
+           'caption_place', 'to_ink', 'write_captions', 'outline_boxes', 'draw_result', 'instance_colors', 'paint_mask',
+           'tint_picture', 'draw_segments', 'image_ids', 'to_coco_annotations', 'CocoWriter', 'SegmentWriter',
+           'PredictSettings', 'drawn_names', 'draw_into', 'write_predictions', 'predict_command', 'Attention',
+           'attention_of']
 
 # %% ../nbs/19_predict.ipynb #cc97f414
 import json
@@ -28,19 +31,25 @@ import matplotlib
 import numpy as np
 import torch
 import tyro
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from pycocotools import mask as run_length
+from scipy.ndimage import minimum_filter1d
 from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .batching import pad_images
 from .boxes import clip_boxes, xyxy_to_xywh
-from .checkpoints import Detector, Preprocessing, load_detector
-from .coco import Sample
+from .checkpoints import CheckpointError, Detector, Preprocessing, load_detector
+from .coco import Categories, Sample
+from .detr import DETR, Predictions
 from .distributed import choose_device, get_logger
 from .evaluation import evaluation_mode, postprocess
+from .panoptic import Segments, deepest_point, panoptic_segments, segment_colors, segment_entries, tint_segments
 from .plots import class_color, text_color
+from .segmentation import SegmentationDETR, encode_masks, likely_objects, postprocess_masks
+from .shapes import ids_to_rgb
 from .transformer import record_attention
 from .transforms import Compose, Limit, Resize, Transform
 
@@ -184,27 +193,97 @@ class Result(NamedTuple):
     boxes: Float[Tensor, "N 4"]  # xyxy, pixels of the picture as people see it, cut at its edges
     names: tuple[str, ...]  # of the class, one for each box
     problem: str | None = None  # why there is nothing
+    codes: tuple[bytes, ...] | None = None  # run lengths of each object's mask, `size` large; None: not asked for
+    segments: Segments | None = None  # the picture cut into segments, `size` large; None: not asked for
+    segment_names: tuple[str, ...] = ()  # of the class, one for each segment
+
+    @property
+    def masks(self) -> Bool[Tensor, "N H W"] | None:
+        "The pixels of each object, decoded: a byte for each pixel of the picture and each object."
+        if not self.codes:
+            return None if self.codes is None else torch.zeros(0, *self.size, dtype=torch.bool)
+        return torch.from_numpy(run_length.decode(segmentations(self))).permute(2, 0, 1).bool()
+
+
+def segmentations(result: Result) -> list[dict]:
+    "The masks of a result as COCO writes them into annotations."
+    return [{"size": list(result.size), "counts": code.decode()} for code in result.codes]
+
+# %% ../nbs/19_predict.ipynb #3bc5f6d0
+def boxes_only(model: DETR | SegmentationDETR) -> DETR:
+    "The detector without its mask head."
+    return model.detr if isinstance(model, SegmentationDETR) else model
+
+
+def run_model(
+    model: DETR | SegmentationDETR,
+    batch: Sequence[Prepared],  # with images
+    threshold: float,
+    masks: bool,  # paint for the queries that score the threshold or more
+) -> tuple[Predictions, tuple[int, int]]:  # and (height, width) of the canvas that the images lay on
+    "One pass over a batch."
+    images, padding = pad_images([picture.image for picture in batch])
+    device = next(model.parameters()).device
+    inputs = images.to(device), None if padding is None else padding.to(device)
+    keep = partial(likely_objects, threshold=threshold - 1e-6)  # it wants more than that, we take as much, too
+    return model(*inputs, keep=keep) if masks else boxes_only(model)(*inputs), tuple(images.shape[-2:])
+
+
+def kept_queries(
+    scores: Float[Tensor, "Q"], labels: Int[Tensor, "Q"], threshold: float, is_thing: tuple[bool, ...] | None
+) -> Int[Tensor, "N"]:
+    "The queries that score the threshold or more, the surest first; none of stuff, of which there are no instances."
+    order = scores.argsort(descending=True)
+    order = order[scores[order] >= threshold]
+    return order if is_thing is None else order[torch.tensor(is_thing)[labels[order]]]
+
+# %% ../nbs/19_predict.ipynb #5f23a1b0
+def encode_each(
+    masks: Float[Tensor, "N h w"],  # logits
+    canvas: tuple[int, int],  # see `run_model`
+    picture: Prepared,
+) -> tuple[bytes, ...]:
+    "Run lengths of masks at the picture's own size; one mask at a time is in memory at that size."
+    size = tuple(picture.image.shape[1:])
+    return tuple(encode_masks(postprocess_masks(mask[None], canvas, size, picture.size))[0] for mask in masks)
+
+
+def cut_pictures(
+    detector: Detector,
+    predictions: Predictions,
+    canvas: tuple[int, int],
+    batch: Sequence[Prepared],
+    threshold: float,
+) -> list[Segments]:
+    "Each picture cut into segments, at its own size."
+    is_thing = torch.tensor(detector.is_thing)
+    sizes = torch.tensor([picture.image.shape[1:] for picture in batch])
+    wanted = torch.tensor([picture.size for picture in batch])
+    return panoptic_segments(predictions.logits[-1], predictions.masks, sizes, wanted, is_thing, threshold, canvas)
 
 
 def detect(
     detector: Detector,
     batch: Sequence[Prepared],  # with images
     threshold: float,  # lowest score that is kept
+    masks: bool = False,
+    panoptic: bool = False,
 ) -> list[Result]:
     "Run the model once, and say what it found in each picture."
-    device = next(detector.model.parameters()).device
-    images, padding = pad_images([picture.image for picture in batch])
-    with evaluation_mode(detector.model) as model:
-        predictions = model(images.to(device), None if padding is None else padding.to(device))
-        sizes = torch.tensor([picture.size for picture in batch], device=device)
-        found = postprocess(predictions.logits[-1], predictions.boxes[-1], sizes)
     results = []
-    for picture, scores, labels, boxes in zip(batch, *(part.cpu() for part in found)):
-        order = scores.argsort(descending=True)
-        order = order[scores[order] >= threshold]
-        names = tuple(detector.names[label] for label in labels[order].tolist())
-        boxes = clip_boxes(boxes[order], *picture.size)
-        results.append(Result(picture.name, picture.source, picture.size, scores[order], labels[order], boxes, names))
+    with evaluation_mode(detector.model) as model:
+        predictions, canvas = run_model(model, batch, threshold, masks or panoptic)
+        sizes = torch.tensor([picture.size for picture in batch], device=predictions.boxes.device)
+        found = postprocess(predictions.logits[-1], predictions.boxes[-1], sizes)
+        maps = cut_pictures(detector, predictions, canvas, batch, threshold) if panoptic else [None] * len(batch)
+        for index, (picture, scores, labels, boxes) in enumerate(zip(batch, *(part.cpu() for part in found))):
+            order = kept_queries(scores, labels, threshold, detector.is_thing)
+            codes = encode_each(predictions.masks[index, order], canvas, picture) if masks else None
+            names, segment_names = (tuple(detector.names[label] for label in kinds.tolist())
+                                    for kinds in (labels[order], maps[index].labels if panoptic else labels[:0]))
+            results.append(Result(picture.name, picture.source, picture.size, scores[order], labels[order],
+                                  clip_boxes(boxes[order], *picture.size), names, None, codes, maps[index],
+                                  segment_names))
     return results
 
 # %% ../nbs/19_predict.ipynb #960abe1e
@@ -221,6 +300,7 @@ def predict_each(
     threshold: float,
     batch_size: int,
     num_threads: int,
+    **wanted: bool,  # masks and panoptic of `detect`
 ) -> Iterator[Result]:
     "The results in the order of the pictures; a few batches of pictures are in memory at any time."
     prepare, early, following = partial(prepare_picture, resize=sizing(detector.preprocessing)), {}, 0
@@ -228,7 +308,7 @@ def predict_each(
         prepared = map_ahead(pool, prepare, enumerate(pictures), ahead=2 * batch_size)
         for batch in batch_by_shape(prepared, batch_size, window=8 * batch_size):
             unreadable = batch[0].image is None
-            results = [left_out(picture) for picture in batch] if unreadable else detect(detector, batch, threshold)
+            results = map(left_out, batch) if unreadable else detect(detector, batch, threshold, **wanted)
             early |= {picture.place: result for picture, result in zip(batch, results)}
             while following in early:
                 yield early.pop(following)
@@ -248,7 +328,7 @@ def pictures_in(folder: Path, skip: Path | None = None) -> list[tuple[str, Path]
         found += [(path.relative_to(folder).as_posix(), path) for path in paths if path.suffix.lower() in SUFFIXES]
     return sorted(found)
 
-# %% ../nbs/19_predict.ipynb #fdaa6763
+
 def find_pictures(
     sources: Source | Iterable[Source],  # files, folders, URLs, pictures in memory
     skip: Path | None = None,  # a folder to leave out: where results are written
@@ -283,6 +363,22 @@ def pick_device(name: str) -> torch.device:
     return choose_device(name, local_rank=0)
 
 
+def open_detector(
+    detector: Detector | str | Path,  # or what `load_detector` takes
+    masks: bool,
+    panoptic: bool,
+) -> Detector:
+    "A detector that can do what is asked for; raises `CheckpointError`, a `ValueError`, when it cannot."
+    if not isinstance(detector, Detector):
+        detector = load_detector(detector, masks or panoptic)
+    if (masks or panoptic) and not isinstance(detector.model, SegmentationDETR):
+        raise CheckpointError("this detector has no mask head: load it with load_detector(..., masks=True)")
+    if panoptic and detector.is_thing is None:
+        raise CheckpointError("this model knows objects but no stuff, and would share the ground among the objects: "
+                              "ask for masks, or take a model that was trained on a panoptic set")
+    return detector
+
+
 def predict(
     sources: Source | Iterable[Source],  # files, folders, URLs, pictures in memory
     detector: Detector | str | Path,  # or what `load_detector` takes: a checkpoint's file, its URL, or a model's name
@@ -290,12 +386,14 @@ def predict(
     batch_size: int = 4,
     device: str = "auto",  # "auto", "cuda", "mps" or "cpu"
     num_threads: int = 4,  # that read pictures while the model computes
+    masks: bool = False,  # the pixels of each object, too: `Result.masks`
+    panoptic: bool = False,  # the picture cut into segments, too: `Result.segments`
 ) -> Iterator[Result]:
     "Find the pictures, load the detector, and give a result for each picture, in order; `draw_result` draws it."
     pictures = find_pictures(sources)
-    detector = detector if isinstance(detector, Detector) else load_detector(detector)
+    detector = open_detector(detector, masks, panoptic)
     detector.model.to(pick_device(device))
-    return predict_each(pictures, detector, threshold, batch_size, num_threads)
+    return predict_each(pictures, detector, threshold, batch_size, num_threads, masks=masks, panoptic=panoptic)
 
 # %% ../nbs/19_predict.ipynb #08b7fc92
 @lru_cache(maxsize=64)
@@ -333,28 +431,125 @@ def caption_place(
     return min(spots, key=hidden)  # of equals the first: above the box, then below, then in it
 
 # %% ../nbs/19_predict.ipynb #1d38c365
-def draw_result(result: Result) -> Image.Image:
-    "The picture with a box, a name and a score for everything found; raises `PictureError` when it cannot be read."
-    picture = read_picture(result.source)
+def to_ink(color: Sequence[float]) -> tuple[int, int, int]:
+    "A colour as PIL wants it."
+    return tuple(round(255 * channel) for channel in color)
+
+
+def write_captions(
+    picture: Image.Image,  # written on
+    texts: Sequence[str],  # the most important first
+    colors: Sequence[tuple[float, float, float]],  # of the plates
+    places: Sequence[Sequence[float]],  # xyxy of the boxes they belong to, or x and y of the captions' middles
+) -> None:
+    "Write captions inside the picture where they hide little of each other."
     pen, short, captions, taken = ImageDraw.Draw(picture), min(picture.size), [], []
-    line, size, gap = max(2, round(short / 200)), max(10, round(short / 34)), max(1, round(short / 250))
-    colors = [class_color(label) for label in result.labels.tolist()]
-    inks = [tuple(round(255 * channel) for channel in color) for color in colors]
-    boxes = [[min(round(x), edge - 1) for x, edge in zip(box, picture.size * 2)] for box in result.boxes.tolist()]
-    for (x1, y1, x2, y2), color, ink in reversed(list(zip(boxes, colors, inks))):  # the surest last, on top
-        pen.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=text_color(color), width=2)  # seen on any ground
-        pen.rectangle((x1, y1, x2, y2), outline=ink, width=line)
-    for box, color, ink, name, score in zip(boxes, colors, inks, result.names, result.scores.tolist()):
-        font = fit_font(text := f"{name} {score:.2f}", size, picture.width - 2 * gap)
+    size, gap = max(10, round(short / 34)), max(1, round(short / 250))
+    for text, color, place in zip(texts, colors, places):
+        font = fit_font(text, size, picture.width - 2 * gap)
         if font is None or picture.height < sum(font.getmetrics()):
             continue
         width, height = round(font.getlength(text)) + 2 * gap, sum(font.getmetrics())
-        x, y = caption_place(box, (width, height), picture.size, taken)
+        if len(place) == 2:  # above a line as long as the caption is where we want it
+            (x, y), half = place, width / 2
+            place = (x - half, y + height / 2, x + half, y + height / 2)
+        x, y = caption_place(place, (width, height), picture.size, taken)
         taken.append((x, y, x + width, y + height))
-        captions.append((x, y, x + width - 1, y + height - 1, ink, text, text_color(color), font))
-    for x1, y1, x2, y2, ink, text, letters, font in reversed(captions):
-        pen.rectangle((x1, y1, x2, y2), fill=ink)
-        pen.text((x1 + gap, y1), text, fill=letters, font=font)
+        captions.append((x, y, x + width - 1, y + height - 1, color, text, font))
+    for x1, y1, x2, y2, color, text, font in reversed(captions):
+        pen.rectangle((x1, y1, x2, y2), fill=to_ink(color))
+        pen.text((x1 + gap, y1), text, fill=text_color(color), font=font)
+
+
+def outline_boxes(
+    picture: Image.Image,  # drawn on
+    boxes: Float[Tensor, "N 4"],  # xyxy, pixels, the surest first
+    colors: Sequence[tuple[float, float, float]],
+    line: int,  # pixels
+    rim: bool = True,  # that is seen on any ground
+) -> None:
+    "Draw boxes, the surest on top."
+    pen, places = ImageDraw.Draw(picture), []
+    for box in boxes.tolist():
+        places.append([min(round(x), edge - 1) for x, edge in zip(box, picture.size * 2)])
+    for (x1, y1, x2, y2), color in reversed(list(zip(places, colors))):
+        if rim:
+            pen.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=text_color(color), width=2)
+        pen.rectangle((x1, y1, x2, y2), outline=to_ink(color), width=line)
+
+# %% ../nbs/19_predict.ipynb #9c519dcd
+def draw_result(result: Result) -> Image.Image:
+    "The picture with what was found: segments, or masks and boxes, or boxes; raises `PictureError` without a picture."
+    picture = read_picture(result.source)
+    line, colors = max(2, round(min(picture.size) / 200)), [class_color(label) for label in result.labels.tolist()]
+    if result.segments is not None:
+        return draw_segments(picture, result.segments, result.segment_names)
+    if result.codes is not None:
+        colors = instance_colors(result.labels)
+        for segmentation, color in reversed(list(zip(segmentations(result), colors))):  # the surest last, on top
+            paint_mask(picture, segmentation, color, line)
+        line = max(1, line // 2)
+    outline_boxes(picture, result.boxes, colors, line, rim=result.codes is None)
+    texts = [f"{name} {score:.2f}" for name, score in zip(result.names, result.scores.tolist())]
+    write_captions(picture, texts, colors, result.boxes.tolist())
+    return picture
+
+# %% ../nbs/19_predict.ipynb #e6dd1de1
+def instance_colors(labels: Int[Tensor, "N"]) -> list[tuple[float, float, float]]:
+    "Colours in which further objects of a class are shades of its colour."
+    none, things = torch.zeros(0, dtype=torch.int64), torch.ones(len(labels), dtype=torch.bool)
+    return list(map(tuple, segment_colors(Segments(none, none, labels, none, things, ~things, none.float())).tolist()))
+
+
+def paint_mask(
+    picture: Image.Image,  # drawn on
+    segmentation: dict,  # run lengths, see `segmentations`
+    color: tuple[float, float, float],
+    line: int,  # pixels of the outline
+) -> None:
+    "Tint a mask's pixels, and draw its outline inside it."
+    left, top, width, height = map(int, run_length.toBbox(segmentation))
+    if width and height:
+        mask = run_length.decode(segmentation)[top : top + height, left : left + width]
+        inner = mask
+        for axis in (0, 1):
+            inner = minimum_filter1d(inner, 2 * line + 1, axis=axis, mode="constant")
+        for pixels, opacity in ((inner, 100), (mask - inner, 255)):
+            spot = Image.fromarray(np.ascontiguousarray(pixels) * np.uint8(opacity))
+            picture.paste(to_ink(color), (left, top, left + width, top + height), spot)
+
+# %% ../nbs/19_predict.ipynb #bc9de036
+def tint_picture(
+    picture: Image.Image,
+    segments: Segments,  # of the picture's size
+    line: int,  # pixels
+    rows: int = 256,  # tinted at a time
+) -> Image.Image:
+    "What `tint_segments` makes of the picture, in the memory of a few rows."
+    image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    for top in range(0, picture.height, rows):
+        seen = slice(top, top + rows + line)  # an outline depends on pixels below it
+        part = tint_segments(image[:, seen], segments._replace(pixels=segments.pixels[seen]), line)
+        image[:, top : top + rows] = part[:, :rows]
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+def draw_segments(
+    picture: Image.Image,
+    segments: Segments,  # of the picture's size
+    names: Sequence[str],  # of each segment
+    min_area: float = 0.004,  # share of the picture; smaller segments bear no name
+) -> Image.Image:
+    "The picture with its segments tinted, outlined and named, the largest first."
+    stride = max(1, max(picture.size) // 640)
+    small, places = segments.pixels[::stride, ::stride].numpy(), {}
+    for index in segments.areas.argsort(descending=True).tolist():
+        mask = small == int(segments.ids[index])
+        if segments.areas[index] >= min_area * segments.pixels.numel() and mask.any():
+            places[index] = [stride * number for number in deepest_point(mask)]
+    picture, colors = tint_picture(picture, segments, max(1, min(picture.size) // 300)), segment_colors(segments)
+    write_captions(picture, [names[index] for index in places], [tuple(colors[index]) for index in places],
+                   list(places.values()))
     return picture
 
 # %% ../nbs/19_predict.ipynb #47af482c
@@ -374,29 +569,39 @@ def to_coco_annotations(
 ) -> list[dict]:
     "The detections of a picture, each a COCO result that is an annotation too; boxes to a hundredth of a pixel."
     boxes = [[round(number, 2) for number in box] for box in xyxy_to_xywh(result.boxes.double()).tolist()]
-    return [{"id": first_id + index, "image_id": image_id, "category_id": category_ids[label], "bbox": box,
-             "score": round(score, 5), "area": round(box[2] * box[3], 2), "iscrowd": 0}
-            for index, (label, box, score) in enumerate(zip(result.labels.tolist(), boxes, result.scores.tolist()))]
+    found = [{"id": first_id + index, "image_id": image_id, "category_id": category_ids[label], "bbox": box,
+              "score": round(score, 5), "area": round(box[2] * box[3], 2), "iscrowd": 0}
+             for index, (label, box, score) in enumerate(zip(result.labels.tolist(), boxes, result.scores.tolist()))]
+    if result.codes is None:
+        return found
+    return [entry | {"area": int(run_length.area(segmentation)), "segmentation": segmentation}
+            for entry, segmentation in zip(found, segmentations(result))]
 
 # %% ../nbs/19_predict.ipynb #d8b2c90f
 class CocoWriter:
     "Collects results and writes them as one COCO file, each image and each detection on a line of its own."
 
     def __init__(self, detector: Detector):
-        categories = [{"id": key, "name": name} for key, name in sorted(zip(detector.category_ids, detector.names))]
         self.category_ids, self.images, self.annotations, self.left_out = detector.category_ids, [], [], []
-        self.categories = [json.dumps(category) for category in categories]
+        kinds = [{}] * len(detector.names)
+        if detector.is_thing is not None:
+            kinds = [{"isthing": int(thing)} for thing in detector.is_thing]
+        categories = sorted(zip(detector.category_ids, detector.names, kinds), key=lambda category: category[0])
+        self.categories = [json.dumps({"id": key, "name": name} | kind) for key, name, kind in categories]
+
+    def describe(self, result: Result, image_id: int) -> list[dict]:
+        "The annotations of a picture."
+        return to_coco_annotations(result, image_id, self.category_ids, len(self.annotations) + 1)
 
     def add(self, result: Result, image_id: int) -> None:
-        "Note the detections of a picture, or that it was left out."
+        "Note what was found in a picture, or that it was left out."
         if result.problem:
             self.left_out.append(json.dumps({"file_name": result.name, "problem": result.problem}))
             return
         height, width = result.size
         image = {"id": image_id, "file_name": result.name, "width": width, "height": height}
         self.images.append(json.dumps(image))
-        annotations = to_coco_annotations(result, image_id, self.category_ids, len(self.annotations) + 1)
-        self.annotations += [json.dumps(annotation) for annotation in annotations]
+        self.annotations += [json.dumps(annotation) for annotation in self.describe(result, image_id)]
 
     def write(self, path: Path, info: dict) -> None:
         "Write what was collected; `left_out` names the files that could not be read, and why."
@@ -406,10 +611,29 @@ class CocoWriter:
             parts.append(f'"{name}": [' + (f"\n  {lines}\n ]" if lines else "]"))
         path.write_text("{" + ",\n ".join(parts) + "}\n", encoding="utf-8")
 
+# %% ../nbs/19_predict.ipynb #ee12aef0
+class SegmentWriter(CocoWriter):
+    "Writes segments as COCO's panoptic results: a PNG of ids for each picture as it comes, one JSON file at the end."
+
+    def __init__(self, detector: Detector, folder: Path):
+        super().__init__(detector)
+        self.classes, self.folder = Categories(detector.names, detector.category_ids), folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def describe(self, result: Result, image_id: int) -> list[dict]:
+        "Write the PNG of a picture; its entry in the JSON file."
+        segments, name = result.segments, f"{image_id:012d}.png"
+        Image.fromarray(ids_to_rgb(segments.pixels.numpy())).save(self.folder / name)
+        entries = []
+        for place in range(len(segments.ids)):  # one at a time: a large picture has many pixels, and many segments
+            one = Segments(segments.pixels, *(column[place : place + 1] for column in segments[1:]))
+            entries += segment_entries(one, self.classes)
+        return [{"image_id": image_id, "file_name": name, "segments_info": entries}]
+
 # %% ../nbs/19_predict.ipynb #be8572fd
 @dataclass(frozen=True)
 class PredictSettings:
-    "Find objects in pictures; write the pictures with boxes drawn in, and detections.json in COCO's format."
+    "Find objects in pictures; write the pictures with what was found drawn in, and detections.json in COCO's format."
 
     sources: tyro.conf.Positional[tuple[str, ...]]
     "image files, folders of them, URLs"
@@ -419,8 +643,12 @@ class PredictSettings:
     "lowest score, 0 to 1, that is kept"
     output: Path = Path("predictions")
     "folder to write into"
+    masks: bool = False
+    "the pixels of each object, too, drawn and in detections.json as run lengths; the model needs a mask head"
+    panoptic: bool = False
+    "draw one map of segments, and write it in COCO's panoptic format; the model needs a mask head"
     pictures: bool = True
-    "draw pictures; without them only detections.json is written"
+    "draw pictures; without them only the results are written"
     batch_size: int = 4
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     num_threads: int = 4
@@ -451,24 +679,30 @@ def draw_into(item: tuple[Result, Path]) -> Result:
 def write_predictions(settings: PredictSettings) -> int:
     "Do what the settings ask for; returns how many pictures were left out."
     found = find_pictures(settings.sources, skip=settings.output)
-    detector = load_detector(settings.weights)
+    detector = open_detector(settings.weights, settings.masks, settings.panoptic)
     detector.model.to(pick_device(settings.device))
     settings.output.mkdir(parents=True, exist_ok=True)
-    names, writer = [name for name, _ in found], CocoWriter(detector)
-    results = predict_each(found, detector, settings.threshold, settings.batch_size, settings.num_threads)
+    names, writers = [name for name, _ in found], {"detections.json": CocoWriter(detector)}
+    if settings.panoptic:
+        writers["panoptic.json"] = SegmentWriter(detector, settings.output / "panoptic")
+    results = predict_each(found, detector, settings.threshold, settings.batch_size, settings.num_threads,
+                           masks=settings.masks, panoptic=settings.panoptic)
     with ThreadPoolExecutor(settings.num_threads) as pool, logging_redirect_tqdm():
         if settings.pictures:
             paths = (settings.output / name for name in drawn_names(names))
             results = map_ahead(pool, draw_into, zip(results, paths), ahead=2 * settings.num_threads)
         try:
             for result, image_id in tqdm(zip(results, image_ids(names)), total=len(found), unit="picture"):
-                writer.add(result, image_id)
+                for writer in writers.values():
+                    writer.add(result, image_id)
         finally:  # also when somebody loses patience
-            about = {"description": "detections", "weights": settings.weights, "threshold": settings.threshold}
-            writer.write(settings.output / "detections.json", about)
-    logger.info("pictures: %d, with %d objects of score %g or more; wrote %s", len(writer.images),
-                len(writer.annotations), settings.threshold, settings.output / "detections.json")
-    return len(writer.left_out)
+            for name, writer in writers.items():
+                about = {"description": Path(name).stem, "weights": settings.weights, "threshold": settings.threshold}
+                writer.write(settings.output / name, about)
+    objects, written = writers["detections.json"], " and ".join(str(settings.output / name) for name in writers)
+    logger.info("pictures: %d, with %d objects of score %g or more; wrote %s", len(objects.images),
+                len(objects.annotations), settings.threshold, written)
+    return len(objects.left_out)
 
 # %% ../nbs/19_predict.ipynb #43840928
 def predict_command(argv: list[str] | None = None) -> None:
@@ -503,7 +737,7 @@ def attention_of(source: Source, detector: Detector) -> Attention:
     pixels = read_picture(source)
     picture = prepare_picture((0, ("picture", pixels)), sizing(detector.preprocessing))
     device = next(detector.model.parameters()).device
-    with evaluation_mode(detector.model) as model, record_attention(model) as weights:
+    with evaluation_mode(boxes_only(detector.model)) as model, record_attention(model) as weights:
         predictions = model(pad_images([picture.image])[0].to(device))
         size = torch.tensor([picture.size], device=device)
         found = postprocess(predictions.logits[-1], predictions.boxes[-1], size)
