@@ -328,8 +328,8 @@ def mask_tensors(contents: Contents) -> dict[str, Tensor]:
     "The mask head's tensors, which ours names as the released code does; raises `CheckpointError`."
     head = {name: tensor for name, tensor in contents.tensors.items() if our_name(name, layout_of(contents)) is None}
     if not head:
-        raise CheckpointError(f"{contents.name} has no mask head: load it without masks, or give a model with one, a run "
-                              "with --masks or one of " + ", ".join(name for name in RELEASED if "panoptic" in name))
+        raise CheckpointError(f"{contents.name} has no mask head: load it without masks, or give a model with one: of "
+                              "a run with --masks, or " + ", ".join(name for name in RELEASED if "panoptic" in name))
     return head
 
 # %% ../nbs/17_checkpoints.ipynb #6b08e03f

@@ -200,6 +200,36 @@ def test_a_checkpoint_of_ours_with_masks(tmp_path, caplog):
     assert caplog.text.count("left out") == 1
 
 
+def test_a_detector_names_its_classes_and_tells_things_from_stuff(tmp_path):
+    "Released panoptic models by COCO's ids, ours as the checkpoint says; the others know no stuff."
+    head = fill(mask_head_shapes(32, 8))
+    shapes = detector_shapes(**VARIANTS["detr_resnet50_panoptic"])
+    state = {f"detr.{key}": value for key, value in fill(shapes).items()} | head
+    released = load_detector({"model": state}, masks=True)
+    assert isinstance(released.model, SegmentationDETR) and released.category_ids == tuple(range(250))
+    kinds = {"thing": (1, 18, 90), "stuff": (92, 93, 125, 148, 184, 187, 193, 200)}
+    names = "person dog toothbrush banner blanket gravel river tree-merged sky-other-merged grass-merged rug-merged"
+    assert [released.names[index] for index in (*kinds["thing"], *kinds["stuff"])] == names.split()
+    assert all(released.is_thing[index] == (kind == "thing") for kind, ids in kinds.items() for index in ids)
+    used = [thing for name, thing in zip(released.names, released.is_thing, strict=True) if name != "N/A"]
+    assert (used.count(True), used.count(False)) == (80, 53)  # as in COCO's panoptic task
+    assert load_detector({"model": fill(detector_shapes(**R18))}).is_thing is None
+
+    model = build_segmentation(build_detr(2, "small", **TINY))
+    for kinds in (None, [True, False]):
+        classes = {"ids": [3, 9], "names": ["disc", "grain"]} | ({} if kinds is None else {"is_thing": kinds})
+        state = make_state(model.detr) | {"classes": classes, "model": model.state_dict()}
+        save_checkpoint(tmp_path / "best.pth", state)
+        for masks in (True, False):
+            assert load_detector(tmp_path / "best.pth", masks).is_thing == (kinds and tuple(kinds))
+
+
+def test_a_model_that_cannot_have_masks_says_first_that_it_has_none(tmp_path):
+    save_checkpoint(tmp_path / "best.pth", make_state(build_detr(3, "small", **TINY | dict(hidden_dim=24, nheads=2))))
+    with pytest.raises(CheckpointError, match="best.pth has no mask head: load it without masks, or give a model"):
+        load_detector(tmp_path / "best.pth", masks=True)
+
+
 def test_the_names_of_the_released_models_are_those_of_their_files():
     assert RELEASED.keys() == VARIANTS.keys()
     for name, file in RELEASED.items():

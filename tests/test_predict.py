@@ -15,12 +15,25 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
+from detr_nb import predict as predict_module
 from detr_nb.backbone import FrozenBatchNorm2d
-from detr_nb.checkpoints import Detector, Preprocessing, save_checkpoint
+from detr_nb.checkpoints import CheckpointError, Detector, Preprocessing, load_detector, save_checkpoint, to_released
 from detr_nb.coco import read_image
 from detr_nb.detr import build_detr
-from detr_nb.predict import PictureError, draw_result, find_pictures, map_ahead, pick_device, predict, read_picture
-from detr_nb.shapes import RUNNING_INDEX, draw_scene
+from detr_nb.panoptic import read_map, read_panoptic_index
+from detr_nb.predict import (
+    PictureError,
+    draw_result,
+    find_pictures,
+    map_ahead,
+    paint_mask,
+    pick_device,
+    predict,
+    read_picture,
+    segmentations,
+)
+from detr_nb.segmentation import build_segmentation
+from detr_nb.shapes import RUNNING_INDEX, STUFF, draw_scene
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES, IDS = ("disc", "rectangle", "triangle", "star", "ring", "cross"), (1, 2, 4, 7, 8, 11)
@@ -471,3 +484,187 @@ def test_the_command_explains_mistakes_without_a_traceback(scene, weights, tmp_p
     ):
         done = command(*arguments, folder=tmp_path)
         assert done.returncode != 0 and message in done.stderr + done.stdout and "Traceback" not in done.stderr
+
+
+# Masks and segments
+
+KINDS = {"ids": [*IDS, *STUFF], "names": [*NAMES, *STUFF.values()], "is_thing": [True] * 6 + [False] * 4}
+
+
+def make_painter(num_classes: int = 10, **changes) -> torch.nn.Module:
+    "A model with masks and random weights, whose queries differ in class, box and mask."
+    torch.manual_seed(1)
+    model, seen = build_segmentation(build_detr(**SMALL | dict(num_classes=num_classes, num_queries=12) | changes)), []
+    classes = model.detr.class_embed
+    hook = classes.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][-1, 0]))
+    with torch.no_grad():
+        model.detr.query_embed.weight.mul_(3)
+        model.detr.bbox_embed.layers[-1].weight.mul_(4)
+        model.mask_head.lay1.weight[:, -4:].mul_(8)
+        model.mask_head.out_lay.weight.mul_(4)
+        model.eval()(torch.randn(1, 3, 96, 160))
+        hook.remove()
+        classes.weight.mul_(4 / (classes.weight @ (seen[0] - seen[0].mean(0)).T).std())
+        classes.bias.copy_(-classes.weight @ seen[0].mean(0))  # so that the queries differ, not only the classes
+    return model
+
+
+@pytest.fixture(scope="module")
+def painters(tmp_path_factory) -> dict[str, Path]:
+    "Models with masks: ours, with stuff and without, and one of 250 classes under the released names."
+    folder = tmp_path_factory.mktemp("painters")
+    for name, classes in (("ours", KINDS), ("things", {"ids": list(IDS), "names": list(NAMES)})):
+        size = dict(num_classes=len(classes["ids"]), num_queries=12)
+        save_checkpoint(folder / f"{name}.pth", {
+            "format": "detr_nb", "version": 1, "epoch": 0, "step": 0, "config": {}, "classes": classes,
+            "model": make_painter(size["num_classes"]).state_dict(), "architecture": SMALL | size,
+            "preprocessing": {"short_side": None, "max_size": 160},
+        })  # fmt: skip
+    released = make_painter(250, backbone="resnet18", norm="frozen", temperature=10000, nheads=8, pretrained=None)
+    torch.save(to_released(released), folder / "detr-r18-panoptic.pth")
+    return {"ours": folder / "ours.pth", "things": folder / "things.pth",
+            "released": folder / "detr-r18-panoptic.pth"}
+
+
+@pytest.fixture(scope="module")
+def painter(painters) -> Detector:
+    return load_detector(painters["ours"], masks=True)
+
+
+@pytest.mark.parametrize("kind, threshold", [("ours", 0.3), ("released", 0.01)])
+def test_the_command_writes_masks_and_segments_that_are_those_it_draws(kind, threshold, painters, scene, tmp_path):
+    (tmp_path / "album").mkdir()
+    scene.save(tmp_path / "album/7.png")
+    scene.resize((90, 131)).save(tmp_path / "album/9.png")
+    flags = "--masks", "--panoptic", "--threshold", threshold, "--output", "out"
+    done = command("album", "--weights", painters[kind], *flags, folder=tmp_path)
+    assert done.returncode == 0 and "detections.json and out/panoptic.json" in done.stderr, done.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "7.jpg", "9.jpg", "detections.json", "panoptic.json", "panoptic"}
+    detector = load_detector(painters[kind], masks=True)
+    results = list(predict(tmp_path / "album", detector, threshold, device="cpu", masks=True, panoptic=True))
+    assert all(len(result.scores) and len(result.segments.ids) for result in results)
+
+    data = COCO(str(tmp_path / "out/detections.json"))
+    for image_id, result in zip((7, 9), results):
+        found = data.loadAnns(data.getAnnIds(imgIds=[image_id]))
+        assert len(found) == len(result.scores)
+        for annotation, mask, label in zip(found, result.masks, result.labels):
+            decoded = data.annToMask(annotation)
+            assert np.array_equal(decoded, mask) and decoded.shape == result.size and annotation["area"] == mask.sum()
+            assert annotation["category_id"] == detector.category_ids[label] and detector.is_thing[label]
+    assert any(0 < mask.float().mean() < 1 for result in results for mask in result.masks)
+
+    path = tmp_path / "out/panoptic.json"
+    index = read_panoptic_index(path)  # as one reads any panoptic set
+    written = json.loads(path.read_text())
+    for row, (result, entry) in enumerate(zip(results, written["annotations"])):
+        segments = result.segments
+        assert read_map(index, row, tmp_path / "out/panoptic", path).pixels.equal(segments.pixels.long())
+        assert [part["area"] for part in entry["segments_info"]] == segments.areas.tolist()
+        assert [part["category_id"] for part in entry["segments_info"]] == [
+            detector.category_ids[label] for label in segments.labels]
+        assert [part["isthing"] for part in entry["segments_info"]] == segments.is_thing.int().tolist()
+        assert result.segment_names == tuple(detector.names[label] for label in segments.labels)
+    kinds = {entry["name"]: entry["isthing"] for entry in written["categories"]}
+    assert kinds["grain" if kind == "ours" else "rug-merged"] == 0
+    assert kinds["star" if kind == "ours" else "toothbrush"] == 1
+    picture = Image.fromarray(np.array(draw_result(results[0])))
+    picture.save(tmp_path / "again.jpg", quality=92)
+    assert np.array_equal(read_picture(tmp_path / "again.jpg"), read_picture(tmp_path / "out/7.jpg"))
+
+
+def test_a_mask_is_painted_on_its_own_pixels_and_no_others(painter, scene):
+    result = answer(scene, painter, masks=True)
+    assert len(result.codes) > 2
+    for mask, segmentation in zip(result.masks.numpy(), segmentations(result)):
+        picture = Image.new("RGB", scene.size, "white")
+        paint_mask(picture, segmentation, (0.0, 0.4, 0.0), line=2)
+        pixels = np.array(picture)
+        assert np.array_equal((pixels != 255).any(-1), mask)
+        if mask.any():
+            rows, columns = mask.nonzero()
+            assert pixels[rows.min(), columns[rows.argmin()]].tolist() == [0, 102, 0]  # the outline, on the border too
+
+
+@pytest.mark.parametrize("kind", ["ours", "released"])
+def test_a_picture_in_which_nothing_is_found(kind, painters, scene, tmp_path):
+    scene.save(tmp_path / "a.png")
+    result = answer(scene, painters[kind], threshold=1.0, masks=True, panoptic=True)
+    assert result.codes == () and result.masks.shape == (0, 96, 160) and len(result.segments.ids) == 0
+    assert np.array_equal(draw_result(result), scene)
+    assert np.array_equal(draw_result(result._replace(segments=None)), scene)
+    flags = "--masks", "--panoptic", "--threshold", 1
+    done = command("a.png", "--weights", painters[kind], *flags, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("detections", "panoptic"):
+        written = json.loads((tmp_path / f"predictions/{name}.json").read_text())
+        assert len(written["images"]) == 1
+        assert [entry.get("segments_info") for entry in written["annotations"]] == [[]] * (name == "panoptic")
+    with Image.open(tmp_path / "predictions/panoptic/000000000001.png") as picture:
+        assert not np.array(picture).any()
+
+
+@pytest.mark.parametrize("kind", ["masks", "panoptic"])
+def test_masks_of_mixed_sizes_in_batches_are_those_of_each_picture_alone(kind, painter, scene, tmp_path):
+    paths = write_nine(scene, tmp_path) * 2
+    together = list(predict(paths, painter, 0.0, batch_size=4, device="cpu", **{kind: True}))
+    for path, result in zip(paths, together):
+        alone = answer(path, painter, **{kind: True})
+        assert_alike(result, alone)
+        ours, theirs = (part.masks if kind == "masks" else part.segments.pixels for part in (result, alone))
+        assert ours.shape == theirs.shape and ours.shape[-2:] == alone.size
+        assert (ours != theirs).float().mean() < 1e-4  # a logit of nearly zero may fall on either side
+
+
+def test_masks_are_those_of_the_picture_as_people_see_it(painter, scene, tmp_path):
+    upright = answer(scene, painter, masks=True, panoptic=True)
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 6
+    scene.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "phone.png", exif=exif)
+    result = answer(tmp_path / "phone.png", painter, masks=True, panoptic=True)
+    assert result.masks.equal(upright.masks) and result.segments.pixels.equal(upright.segments.pixels)
+
+
+def test_only_what_is_kept_is_painted_and_one_mask_at_a_time_is_large(painter, scene, monkeypatch):
+    painted, sizes = [], []
+    head, enlarge = painter.model.mask_head.forward, predict_module.postprocess_masks
+    monkeypatch.setattr(painter.model.mask_head, "forward",
+                        lambda shared, attention, image: painted.append(len(image)) or head(shared, attention, image))
+    monkeypatch.setattr(predict_module, "postprocess_masks",
+                        lambda *given: sizes.append(len(given[0])) or enlarge(*given))
+    scores = answer(scene, painter._replace(is_thing=None)).scores
+    assert not painted  # nobody asked for masks
+    threshold = float(scores[4])
+    result = answer(scene.resize((1600, 960)), painter._replace(is_thing=None), threshold=threshold, masks=True)
+    assert sum(painted) == len(result.codes) == len(result.scores) and set(sizes) == {1}
+    same_size = answer(scene, painter._replace(is_thing=None), threshold=threshold, masks=True)
+    assert len(same_size.scores) == 5 and same_size.masks[4].any()  # one that scores just the threshold is painted, too
+
+
+def test_stuff_is_in_the_map_and_not_among_the_objects(painter, scene):
+    everything, objects = (answer(scene, painter._replace(is_thing=kinds)) for kinds in (None, painter.is_thing))
+    stuff = [label >= 6 for label in everything.labels.tolist()]
+    assert any(stuff) and not all(stuff)
+    assert objects.labels.tolist() == [label for label in everything.labels.tolist() if label < 6]
+    segments = answer(scene, painter, panoptic=True).segments
+    assert set(segments.is_thing.tolist()) == {True, False} and segments.pixels.shape == (96, 160)
+
+
+@pytest.mark.parametrize("size", [(160, 96), (20, 12), (3, 400), (1, 1), (2000, 1500)])
+@pytest.mark.parametrize("kind", ["masks", "panoptic"])
+def test_masks_can_be_drawn_on_a_picture_of_any_size(kind, size, painter, scene):
+    result = answer(scene.resize(size), painter, **{kind: True})
+    assert draw_result(result).size == size
+
+
+def test_asking_in_vain_for_masks_or_stuff_says_what_to_do(painters, weights, scene, tmp_path):
+    scene.save(tmp_path / "a.png")
+    for flag, file, message in (("--masks", weights, "has no mask head"), ("--panoptic", weights, "has no mask head"),
+                                ("--panoptic", painters["things"], "knows objects but no stuff")):
+        done = command("a.png", "--weights", file, flag, folder=tmp_path)
+        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+        assert not (tmp_path / "predictions").exists()
+    assert command("a.png", "--weights", painters["things"], "--masks", folder=tmp_path).returncode == 0
+    with pytest.raises(CheckpointError, match="load_detector\\(..., masks=True\\)"):
+        predict(scene, load_detector(painters["ours"]), masks=True)
