@@ -114,6 +114,20 @@ def test_the_one_before_is_used_when_the_newest_is_torn(alone, shapes, tmp_path)
     same_runs(folder, alone)
 
 
+def test_a_full_disk_does_not_end_the_run_and_leaves_the_checkpoint_there_was(alone, shapes, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(alone, folder)
+    before = (folder / CHECKPOINT).read_bytes()
+    limited = ["bash", "-c", 'ulimit -f 1500; exec "$@"', "bash"]  # files of 1.5 MB at most; a checkpoint is larger
+    command = [*limited, *ALONE, "--shapes_path", shapes, "--output_dir", folder, *SMALL, "--batch_size", 8]
+    command = list(map(str, [*command, "--epochs", 3, "--num_workers", 0]))  # readers would need larger files as well
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "was not written" in result.stdout and "The run goes on" in result.stdout
+    assert (folder / CHECKPOINT).read_bytes() == before and not list(folder.glob("*.part"))
+    assert len((folder / "log.txt").read_text().splitlines()) == 3
+
+
 def test_a_resumed_run_takes_the_new_rate_and_says_so(alone, shapes, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(alone, folder)

@@ -15,9 +15,19 @@ from accelerate import DistributedType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from detr_nb.coco import open_coco
 from detr_nb.distributed import Process, gather_objects, spawn, world_size
 from detr_nb.shapes import write_shapes
-from detr_nb.train import LAPTOP, build_model, build_optimizer, learned_state, load_learned, whole_model
+from detr_nb.train import (
+    LAPTOP,
+    Config,
+    build_model,
+    build_optimizer,
+    learned_state,
+    load_learned,
+    warn_of_data,
+    whole_model,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -169,6 +179,14 @@ def test_frozen_weights_are_refused_without_masks_and_for_other_classes(one_proc
     assert result.returncode and "needs --masks" in result.stderr and "Traceback" not in result.stderr
     result = launch(*arguments, *frozen, "--masks", "--dataset_file", "coco_panoptic", check=False)
     assert result.returncode and "Train the boxes first" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_small_set_from_scratch_is_warned_of(shapes, caplog):
+    train, val = (open_coco(shapes, split) for split in ("train", "val"))
+    for config, warned in ((Config(coco_path="x"), True), (Config(coco_path="x", finetune="y"), False)):
+        caplog.clear()
+        warn_of_data(config, train, val)
+        assert any("from scratch on 96 images" in record.message for record in caplog.records) == warned
 
 
 def shard(seed: int) -> tuple:
