@@ -164,7 +164,9 @@ def process_share(
     world_size: int,
 ) -> np.ndarray:
     "The part of a global batch that belongs to one process; parts differ by at most one sample."
-    return np.array_split(batch, world_size)[rank]
+    size, rest = divmod(len(batch), world_size)
+    start = rank * size + min(rank, rest)
+    return batch[start : start + size + (rank < rest)]
 
 # %% ../nbs/07_batching.ipynb #5d72e95c
 def epoch_order(
