@@ -14,8 +14,8 @@ __all__ = ['logger', 'LAPTOP', 'LAPTOP_HEAD', 'LAPTOP_MASKS', 'DECIDING', 'LOGS'
            'keep_settings', 'go_on', 'restore_process', 'mean_of', 'find_place', 'cut_off', 'listen', 'note',
            'end_if_asked', 'prepare', 'start_from_weights', 'build_accelerator', 'warn_of_data', 'build_loaders',
            'in_memory', 'evaluate_run', 'choose_evaluator', 'whole_model', 'main_score', 'describe_scores',
-           'finish_epoch', 'log_epoch', 'draw_run', 'pictures_of', 'draw_found_boxes', 'draw_found_masks', 'fit',
-           'train_or_evaluate', 'main', 'plain_errors']
+           'finish_epoch', 'log_epoch', 'draw_run', 'pictures_of', 'draw_found_boxes', 'draw_found_masks',
+           'draw_found_segments', 'fit', 'train_or_evaluate', 'main', 'plain_errors']
 
 # %% ../nbs/18_train.ipynb #b0293fae
 import argparse
@@ -84,9 +84,17 @@ from detr_nb.distributed import (
 from .evaluation import CocoEvaluator, evaluate, evaluation_mode, postprocess
 from .matcher import image_of_target
 from .panoptic import PanopticEvaluator, PanopticWriter, draw_panoptic, open_panoptic, panoptic_segments
-from .plots import denormalize, image_grid, plot_detections, plot_log
+from .plots import denormalize, image_grid, plot_detections, plot_log, show_image
 from .seeding import capture_generators, restore_generators, seed_everything
-from .segmentation import MaskEvaluator, SegmentationDETR, build_segmentation, check_mask_flags
+from detr_nb.segmentation import (
+    MaskEvaluator,
+    SegmentationDETR,
+    build_segmentation,
+    check_mask_flags,
+    draw_masks,
+    likely_objects,
+    postprocess_masks,
+)
 from .shapes import write_shapes
 from .transforms import Transform, laptop_transform, paper_transform, scaled_lengths
 
@@ -1263,7 +1271,9 @@ def draw_run(run: Run, model: DETR | SegmentationDETR, images: int = 8) -> None:
     batch = collate([dataset[(0, index)] for index in range(min(images, len(dataset)))]).to(run.process.device)
     with evaluation_mode(model):
         predictions = model(batch.images, batch.padding)
-    draw = draw_found_masks if run.config.masks else draw_found_boxes
+    segments = partial(draw_found_segments, threshold=run.config.panoptic_threshold)
+    with_masks = segments if run.config.panoptic else draw_found_masks
+    draw = with_masks if run.config.masks else draw_found_boxes
     draw(predictions, batch, dataset).savefig(run.folder / "predictions.png", dpi=120)
 
 
@@ -1284,15 +1294,31 @@ def draw_found_boxes(predictions: Predictions, batch: Batch, dataset: CocoDatase
 
 
 def draw_found_masks(predictions: Predictions, batch: Batch, dataset: CocoDataset) -> Figure:
-    "Segments that were found; without stuff in the data set everything is a thing."
-    sizes, names = batch.targets.sizes, dataset.categories.names
-    is_thing = getattr(dataset, "is_thing", torch.ones(len(names), dtype=torch.bool))
-    found = panoptic_segments(predictions.logits[-1], predictions.masks, sizes, sizes, is_thing, threshold=0.5,
-                              canvas=tuple(batch.images.shape[-2:]))
+    "The masks of the queries that are sure of an object."
+    sure, canvas = likely_objects(predictions), tuple(batch.images.shape[-2:])
+    scores, labels = predictions.logits[-1].softmax(-1)[..., :-1].max(-1)
     pictures = pictures_of(batch)
     figure, axes = image_grid(pictures, columns=4)
-    for ax, image, segments in zip(axes, pictures, found):
-        draw_panoptic(image, segments, names, ax)
+    for index, (ax, picture) in enumerate(zip(axes, pictures)):
+        kept, size = sure[index], tuple(picture.shape[1:])
+        masks = postprocess_masks(predictions.masks[index, kept], canvas, size, size)
+        draw_masks(show_image(picture, ax), masks, labels[index, kept], dataset.categories.names, scores[index, kept])
+    return figure
+
+
+def draw_found_segments(
+    predictions: Predictions,
+    batch: Batch,
+    dataset: CocoDataset,
+    threshold: float,  # see `panoptic_segments`
+) -> Figure:
+    "Things and stuff that were found."
+    sizes, pictures, canvas = batch.targets.sizes, pictures_of(batch), tuple(batch.images.shape[-2:])
+    answers = predictions.logits[-1], predictions.masks
+    found = panoptic_segments(*answers, sizes, sizes, dataset.is_thing, threshold, canvas)
+    figure, axes = image_grid(pictures, columns=4)
+    for ax, picture, segments in zip(axes, pictures, found):
+        draw_panoptic(picture, segments, dataset.categories.names, ax)
     return figure
 
 # %% ../nbs/18_train.ipynb #6ab45068
