@@ -263,8 +263,8 @@ LAPTOP = Config(
     temperature=20, enc_layers=3, dec_layers=3, dim_feedforward=512, hidden_dim=128, nheads=4, dropout=0.0,
     num_queries=16, pre_norm=True, bbox_loss_coef=3, giou_loss_coef=1.2, group_by_shape=True, eval_every=7,
 )
-LAPTOP_HEAD = dict(lr_masks=2e-3, warmup_steps=50, epochs=3, eval_every=3)  # with --masks --frozen_weights
-LAPTOP_MASKS = dict(lr_masks=2e-3, lr_muon=0.005, warmup_steps=100, epochs=8, eval_every=4)  # with --masks
+LAPTOP_HEAD = dict(lr_masks=2e-3, warmup_steps=50, epochs=3, eval_every=3)  # the mask head alone
+LAPTOP_MASKS = dict(lr_masks=2e-3, lr_muon=0.005, warmup_steps=100, epochs=9, eval_every=9, panoptic_threshold=0.35)
 
 # %% ../nbs/18_train.ipynb #0a355a28
 def peek(argv: list[str], *names: str) -> dict[str, str]:
