@@ -34,7 +34,6 @@ SMALL = [
     "--enc_layers", "1", "--dec_layers", "2", "--hidden_dim", "64", "--dim_feedforward", "128", "--epochs", "1",
     "--dropout", "0", "--num_workers", "0", "--no_group_by_shape", "--log_every", "1", "--report_to", "none",
     "--device", "cpu", "--mixed_precision", "no", "--warmup_steps", "0",
-    "--lr_muon", "0.001",  # a high rate magnifies the rounding that runs on other numbers of processes differ by
 ]  # fmt: skip
 ALONE = [sys.executable, "-m", "detr_nb.train"]
 TORCHRUN = [
