@@ -469,7 +469,7 @@ def read_timeout(environ: Mapping[str, str]) -> float:  # seconds
     return seconds
 
 # %% ../nbs/00_distributed.ipynb #bc18b93d
-GROUP: dict[str, Any] = {}  # once started: process, store, watch, calls; and the variables written to the environment
+GROUP: dict[str, Any] = {}  # once started: process, store, watch, calls; what was written to the environment; threads
 
 
 def start(
@@ -510,13 +510,18 @@ def barrier() -> None:
 
 
 def stop() -> None:
-    "Leave the group of processes, where there is one, and take our variables out of the environment again."
+    "Leave the group of processes, where there is one, and put environment and threads back to what they were."
     if "watch" in GROUP:
         GROUP["watch"].leave()
     if dist.is_initialized():
         dist.destroy_process_group()
     for name in GROUP.pop("written", ()):
         os.environ.pop(name, None)
+    if "threads" in GROUP:
+        threads, variable = GROUP["threads"]
+        torch.set_num_threads(threads)
+        os.environ.pop("OMP_NUM_THREADS", None)
+        os.environ.update({} if variable is None else {"OMP_NUM_THREADS": variable})
     GROUP.clear()
 
 
@@ -820,8 +825,9 @@ def share_of_cores(environ: Mapping[str, str], num_processes_on_host: int) -> in
 def set_threads(
     num_processes_on_host: int = 1,
 ) -> int:  # threads this process now uses
-    "Give this process its share of the cores, whatever the launcher has set."
+    "Give this process its share of the cores, whatever the launcher has set, until it calls `stop`."
     threads = share_of_cores(os.environ, num_processes_on_host)
+    GROUP.setdefault("threads", (torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")))  # for `stop`
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # accelerate would choose again where this is not set
     return threads

@@ -11,7 +11,7 @@ __all__ = ['logger', 'LAPTOP', 'LAPTOP_HEAD', 'LAPTOP_MASKS', 'DECIDING', 'LOGS'
            'first_non_finite', 'watch_outputs', 'report_non_finite', 'cell_labels', 'CellClassifier',
            'build_classifier', 'backbone_config', 'train_backbone', 'average_gradients', 'save', 'learned_state',
            'is_sharded', 'run_state', 'classes_of', 'images_per_batch', 'save_or_warn', 'resume', 'load_learned',
-           'keep_settings', 'go_on', 'restore_process', 'mean_of', 'find_place', 'cut_off', 'listen', 'note',
+           'keep_settings', 'go_on', 'restore_process', 'mean_of', 'find_place', 'cut_off', 'listening', 'note',
            'end_if_asked', 'prepare', 'start_from_weights', 'build_accelerator', 'warn_of_data', 'build_loaders',
            'in_memory', 'evaluate_run', 'choose_evaluator', 'whole_model', 'main_score', 'describe_scores',
            'finish_epoch', 'log_epoch', 'draw_run', 'pictures_of', 'draw_found_boxes', 'draw_found_masks',
@@ -48,6 +48,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+# %% ../nbs/18_train.ipynb #2f0946f8
 from .backbone import WeightsError
 from .batching import Batch, CachedDataset, Targets, collate, make_loader
 from .boxes import cxcywh_to_xyxy
@@ -919,7 +920,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
     "Whether FSDP has cut the weights up between the processes."
     return accelerator.distributed_type == DistributedType.FSDP
 
-
+# %% ../nbs/18_train.ipynb #871bddbf
 def run_state(run: Run) -> dict:
     "What all processes know of the run."
     scaler = run.accelerator.scaler
@@ -997,7 +998,7 @@ def load_learned(run: Run, state: dict) -> None:
         if not run.config.eval:
             optimizer.load_state_dict(state["optimizer"])
 
-
+# %% ../nbs/18_train.ipynb #e050bba7
 @contextmanager
 def keep_settings(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     "What a group's settings are (base rate, weight decay) stays as it is now, whatever a checkpoint says."
@@ -1024,14 +1025,14 @@ def go_on(run: Run, state: dict) -> None:
         for name in LOGS:
             cut_off(run.folder / name, state["logs"].get(name, 0))
 
-# %% ../nbs/18_train.ipynb #e050bba7
+# %% ../nbs/18_train.ipynb #4cb863dc
 def restore_process(run: Run, own: dict) -> None:
     "What was this process's own."
     restore_generators(own["generators"])
     sums = {name: value.to(run.process.device) for name, value in own["averages"]["sums"].items()}
     run.averages, run.recent = Averages(sums, own["averages"]["steps"]), deque(own["recent"], maxlen=20)
 
-
+# %% ../nbs/18_train.ipynb #2bcdec80
 def mean_of(saved: list[dict]) -> Averages:
     "The sums of several processes as those of one that stands for all."
     names = saved[0]["sums"]
@@ -1061,10 +1062,13 @@ REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 SIGNALS: list[int] = []  # those that came
 
 
-def listen() -> None:
-    "From now on note SIGTERM and SIGUSR1 instead of dying of them."
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, note)
+@contextmanager
+def listening() -> Iterator[None]:
+    "Note SIGTERM and SIGUSR1 instead of dying of them; as before once the run has come to its end."
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def note(number: int, frame: object) -> None:
@@ -1199,7 +1203,7 @@ def choose_evaluator(run: Run, dataset: CocoDataset, report: bool) -> CocoEvalua
     writer = PanopticWriter(run.folder / "panoptic", dataset) if report else None
     return PanopticEvaluator(dataset, run.config.panoptic_threshold, writer)
 
-
+# %% ../nbs/18_train.ipynb #44c46d9d
 def whole_model(run: Run) -> DETR | SegmentationDETR:
     "The model to be used by each process alone: where FSDP has cut it up, a copy in one piece."
     if not is_sharded(run.accelerator):
@@ -1292,7 +1296,7 @@ def draw_found_boxes(predictions: Predictions, batch: Batch, dataset: CocoDatase
     return plot_detections(pictures_of(batch), found.boxes.cpu(), found.labels.cpu(), found.scores.cpu(),
                            dataset.categories.names, [boxes.cpu() for boxes in truth])
 
-
+# %% ../nbs/18_train.ipynb #a932a5f5
 def draw_found_masks(predictions: Predictions, batch: Batch, dataset: CocoDataset) -> Figure:
     "The masks of the queries that are sure of an object."
     sure, canvas = likely_objects(predictions), tuple(batch.images.shape[-2:])
@@ -1360,8 +1364,8 @@ def train_or_evaluate(argv: list[str]) -> None:
         if process.is_main:
             sys.stdout.write(json.dumps({f"test_{name}": value for name, value in tested.items()}, indent=1) + "\n")
     else:
-        listen()
-        fit(run)
+        with listening():
+            fit(run)
     run.accelerator.end_training()
 
 

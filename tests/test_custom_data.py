@@ -1,6 +1,8 @@
 "A data set of one's own, from a labelling tool's folder to detections in its own category ids."
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -230,6 +232,16 @@ def test_the_suggested_command_is_one_that_trains(run, export, tmp_path, capsys)
     train.main([*words[3:], *QUIET, "--output_dir", str(tmp_path)])
     assert (tmp_path / "checkpoint.pth").exists()
     assert "detr_resnet50 --num_queries 100" in describe(export, "detr_resnet50", 8)  # nothing is fetched
+
+
+def test_a_training_inside_a_program_leaves_threads_environment_and_signals_as_they_were(export, tmp_path):
+    def state() -> tuple:
+        return torch.get_num_threads(), dict(os.environ), signal.getsignal(signal.SIGTERM)
+
+    torch.set_num_threads(1)
+    before = state()
+    train.main(["--coco_path", str(export), "--output_dir", str(tmp_path), "--fast_dev_run", *TINY, *QUIET])
+    assert state() == before
 
 
 def test_what_cannot_be_described_is_refused_in_one_message(tmp_path):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from pycocotools.coco import COCO
 
 from detr_nb import predict as predict_module
 from detr_nb.backbone import FrozenBatchNorm2d
+from detr_nb.batching import one_thread
 from detr_nb.checkpoints import CheckpointError, Detector, Preprocessing, load_detector, save_checkpoint, to_released
 from detr_nb.coco import read_image
 from detr_nb.detr import build_detr
@@ -51,6 +53,13 @@ def make_detector(short_side: int | None = None, max_size: int | None = 160, **c
         if isinstance(part, FrozenBatchNorm2d):
             part.bias.normal_(std=0.1)
     return Detector(model, NAMES, IDS, Preprocessing(short_side, max_size))
+
+
+@pytest.fixture(autouse=True)
+def single_thread() -> Iterator[None]:
+    "As the command, which is started with one thread here: sums of several threads round differently."
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
