@@ -65,7 +65,7 @@ COMPONENTS = {
     "gradient of loss_bbox": each("relative", 1e-5),
     "gradient of loss_giou": each("relative", 1e-5),
     "gradient, all weights together": each("norm", 1e-5),
-    "gradient, each weight by itself": Component("norm", {"float64": 1e-10}),
+    "gradient, each weight by itself": each("norm", 1e-5),
     "mask logits": Component("absolute", {"float32": 1e-4, "float64": 1e-10}, ("transformers",)),
     "loss_mask": Component("relative", {"float32": 1e-6, "float64": 1e-10}, ("transformers",)),
     "loss_dice": Component("relative", {"float32": 1e-6, "float64": 1e-10}, ("transformers",)),
