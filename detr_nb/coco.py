@@ -26,6 +26,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from copy import copy
 from dataclasses import asdict, dataclass
@@ -544,11 +545,12 @@ def open_index(path: Path | str, with_masks: bool = False) -> CocoIndex:
         data = read_bytes(path)
         if len(data) < KEEP_FROM:
             return read_index(path, with_masks, data)
-        with warnings.catch_warnings(record=True) as caught:
+        with ThreadPoolExecutor(1) as beside, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            digest = beside.submit(hashlib.sha256, data)  # on a second core while this one parses
             index = read_index(path, with_masks, data)
         found = index, [str(warning.message).removeprefix(f"{path}: ") for warning in caught]
-        save_index(*found, hashlib.sha256(data).hexdigest(), file)
+        save_index(*found, digest.result().hexdigest(), file)
     index, said = found
     for text in said:
         warnings.warn(f"{path}: {text}", DataWarning, stacklevel=2)

@@ -4,20 +4,21 @@
 __all__ = ['logger', 'SHADES', 'MATCHED', 'FALSE_ALARM', 'MISSED', 'Segments', 'read_is_thing', 'segment_lists',
            'check_segment_ids', 'read_segments', 'PanopticIndex', 'read_panoptic_index', 'png_names', 'annotated_rows',
            'require_pngs', 'SegmentMap', 'read_segment_map', 'read_map', 'Omissions', 'PanopticDataset', 'to_segments',
-           'read_panoptic_sample', 'fill_boxes', 'thing_boxes', 'find_panoptic', 'open_panoptic', 'segment_colors',
-           'places_in', 'tint_segments', 'deepest_point', 'segment_caption', 'draw_panoptic', 'row_weights', 'Contest',
-           'first_of_class', 'nearest_resize', 'settle', 'segment_image', 'panoptic_segments', 'overlaps', 'Verdicts',
-           'judge', 'join_verdicts', 'class_quality', 'mean_quality', 'summarize_quality', 'PanopticQuality',
-           'segment_entries', 'result_lists', 'PanopticWriter', 'write_panoptic_results', 'PanopticDetections',
-           'PanopticEvaluator']
+           'read_panoptic_sample', 'fill_boxes', 'outline_things', 'things_of', 'find_panoptic', 'open_panoptic',
+           'segment_colors', 'places_in', 'tint_segments', 'deepest_point', 'segment_caption', 'draw_panoptic',
+           'row_weights', 'Contest', 'first_of_class', 'nearest_resize', 'settle', 'segment_image', 'panoptic_segments',
+           'overlaps', 'Verdicts', 'judge', 'join_verdicts', 'class_quality', 'mean_quality', 'summarize_quality',
+           'PanopticQuality', 'segment_entries', 'result_lists', 'PanopticWriter', 'write_panoptic_results',
+           'PanopticDetections', 'PanopticEvaluator']
 
 # %% ../nbs/16_panoptic.ipynb #204e3f37
+import json
 import math
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from colorsys import hsv_to_rgb, rgb_to_hsv
-from itertools import chain
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,9 +65,9 @@ from detr_nb.coco import (
 )
 from .detr import Predictions, at_least_float32
 from .distributed import barrier, gather_objects, get_logger, is_main
-from .evaluation import CocoEvaluator, Detections
 from .plots import class_color, show_image, text_color
 from .seeding import sample_rng
+from .segmentation import MaskDetections, MaskEvaluator, encode_masks
 from .shapes import boxes_around, dump, ids_to_rgb
 
 # %% ../nbs/16_panoptic.ipynb #07f2290a
@@ -307,9 +308,9 @@ class PanopticDataset(CocoDataset):
         self.skipped.note(int(self.index.images.ids[row]), self.panoptic.segment_ids[found.rows], found)
         return found
 
-    def coco_api(self) -> COCO:
-        "A new pycocotools COCO of the things of this set's images, for box AP."
-        return to_pycocotools(self.index._replace(objects=thing_boxes(self)), self.rows)
+    def coco_api(self, with_outlines: bool = False) -> COCO:
+        "A new pycocotools COCO of the things of this set's images; with outlines, read from all PNGs, for mask AP too."
+        return to_pycocotools(self.index._replace(objects=things_of(self, with_outlines)), self.rows)
 
 # %% ../nbs/16_panoptic.ipynb #afb7b590
 def to_segments(index: PanopticIndex, found: SegmentMap) -> Segments:
@@ -349,13 +350,26 @@ def fill_boxes(dataset: PanopticDataset) -> tuple[Float[Tensor, "segments 4"], F
     return boxes, areas
 
 
-def thing_boxes(dataset: PanopticDataset) -> ObjectColumns:
+def outline_things(dataset: PanopticDataset) -> list[bytes]:
+    "The masks of all things of the set's images as JSON of their run lengths; nothing for the other segments."
+    objects = dataset.index.objects
+    texts = [b""] * len(objects.ids)
+    for row in dataset.rows.unique().tolist():
+        found = dataset.segment_map(row)
+        things = dataset.is_thing[objects.labels[found.rows]]
+        for place, counts in zip(found.rows[things].tolist(), encode_masks(found.masks[things])):
+            texts[place] = json.dumps({"size": list(found.pixels.shape), "counts": counts.decode()}).encode()
+    return texts
+
+
+def things_of(dataset: PanopticDataset, with_outlines: bool = False) -> ObjectColumns:
     "The columns of a panoptic set's objects, without the stuff."
     objects = dataset.index.objects
     boxes, areas = fill_boxes(dataset)
     keep = dataset.is_thing[objects.labels]
     columns = objects.ids, objects.labels, boxes, areas, objects.crowd
-    return ObjectColumns(*(column[keep] for column in columns), starts(keep.long())[objects.offsets], None)
+    outlines = PackedBytes.pack(list(compress(outline_things(dataset), keep.tolist()))) if with_outlines else None
+    return ObjectColumns(*(column[keep] for column in columns), starts(keep.long())[objects.offsets], outlines)
 
 # %% ../nbs/16_panoptic.ipynb #30770e6c
 def find_panoptic(root: Path | str, split: str) -> tuple[Path, Path]:
@@ -787,12 +801,12 @@ def write_panoptic_results(
 class PanopticDetections(NamedTuple):
     "What a model with masks says about a batch of a panoptic set."
 
-    detections: Detections
+    detections: MaskDetections
     segments: list[Segments]  # of each image, at its original size
 
 # %% ../nbs/16_panoptic.ipynb #3ffaad7b
-class PanopticEvaluator(CocoEvaluator):
-    "Scores a model on a panoptic set: PQ of its segment maps beside the box AP of the things."
+class PanopticEvaluator(MaskEvaluator):
+    "Scores a model on a panoptic set: PQ of its segment maps beside the box and mask AP of the things."
 
     def __init__(
         self,
@@ -809,7 +823,7 @@ class PanopticEvaluator(CocoEvaluator):
         self.quality.reset()
 
     def detect(self, predictions: Predictions, targets: Targets) -> PanopticDetections:
-        "What the last decoder layer says about a batch, as boxes and as a map of each image."
+        "What the last decoder layer says about a batch, as boxes with masks and as a map of each image."
         segments = panoptic_segments(predictions.logits[-1], predictions.masks, targets.sizes, targets.original_sizes,
                                      self.dataset.is_thing, self.threshold, targets.masks.shape[-2:])
         return PanopticDetections(super().detect(predictions, targets), segments)
@@ -821,8 +835,13 @@ class PanopticEvaluator(CocoEvaluator):
         if self.writer is not None:
             self.writer.update(image_ids, found.segments)
 
+    def score_found(self) -> dict[str, Any]:
+        "The numbers of the boxes and masks of the things, on rank 0."
+        self.ground_truth = self.ground_truth or self.dataset.coco_api(with_outlines=True)
+        return super().score_found()
+
     def compute(self) -> dict[str, Any]:  # on every process
-        "What `CocoEvaluator` gives about the boxes of the things, and what `PanopticQuality` gives; closes the writer."
+        "What `MaskEvaluator` gives about the things, and what `PanopticQuality` gives; closes the writer."
         result = super().compute() | self.quality.compute()
         if self.writer is not None:
             self.writer.close()

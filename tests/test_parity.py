@@ -305,7 +305,7 @@ class SharedReLU(TorchFunctionMode):
 
 
 def gradients_of(run: Run) -> tuple[dict[str, Tensor], ...]:
-    "Of the total loss by every weight: ours, theirs and the plain one's. In float32 with shared decisions of the ReLUs."
+    "Of the total loss: ours, theirs and the plain one's; in float32 with shared decisions of the ReLUs."
     if run.trio.dtype == torch.float64:
         return run.ours["gradients"], run.theirs["gradients"], run.plain["gradients"]
     found, decisions = [], None

@@ -215,8 +215,8 @@ def saved_bytes(function) -> int:
 
 
 def test_matched_queries_save_memory() -> None:
-    "3 of 40 queries: what is kept for the backward pass shrinks with them, and a frozen detector keeps nothing."
-    model, (images, targets) = make_model(freeze=True, num_queries=40).train(), make_batch([3])
+    "3 of 100 queries: what is kept for the backward pass shrinks with them, and a frozen detector keeps nothing."
+    model, (images, targets) = make_model(freeze=True, num_queries=100).train(), make_batch([3])
     keep = partial(matched_queries, targets=targets, criterion=SetCriterion(3))
     every, matched = (saved_bytes(lambda keep=keep: model(images, keep=keep).masks) for keep in (None, keep))
     weights = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
