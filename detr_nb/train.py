@@ -1021,6 +1021,8 @@ def go_on(run: Run, state: dict) -> None:
                        "on", run.process.world_size, len(state["processes"]))
         run.averages = mean_of([own["averages"] for own in state["processes"]])
     find_place(run, state)
+    where = f"epoch {run.epoch}" if run.epoch >= 0 else f"the backbone's own training, {-run.epoch} epochs to go"
+    logger.info("resumed %s: going on at batch %d of %s", run.config.resume, run.batch, where)
     if run.process.is_main and run.folder.resolve() == Path(run.config.resume).parent.resolve():
         for name in LOGS:
             cut_off(run.folder / name, state["logs"].get(name, 0))

@@ -94,7 +94,7 @@ sizes = st.integers(1, 120)
 
 @given(size=sizes, batch_size=st.integers(1, 9), world_size=st.integers(1, 7), seed=st.integers(0, 2**32 - 1),
        start=st.integers(0, 5), alike=st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_evaluation_counts_each_image_once(size, batch_size, world_size, seed, start, alike):
     aspects = np.random.default_rng(seed).random(size) if alike else None
     shared = {"world_size": world_size, "seed": seed, "shuffle": False, "aspects": aspects}
@@ -110,7 +110,7 @@ def test_evaluation_counts_each_image_once(size, batch_size, world_size, seed, s
 
 @given(size=sizes, batch_size=st.integers(1, 9), world_size=st.integers(1, 7), epoch=st.integers(0, 300),
        alike=st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_training_splits_the_batches_of_one_process_evenly(size, batch_size, world_size, epoch, alike):
     aspects = np.random.default_rng(size).random(size) if alike else None
     samplers = [EpochSampler(size, batch_size, r, world_size, seed=3, aspects=aspects) for r in range(world_size)]
@@ -136,7 +136,7 @@ def test_an_impossible_split_is_refused_with_its_numbers(wrong):
 
 @given(height=st.integers(1, 5000), width=st.integers(1, 5000), short=st.integers(1, 1400),
        longest=st.none() | st.integers(1, 1400))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_output_size_is_the_released_rule_in_exact_fractions(height, width, short, longest):
     wanted = Fraction(short)
     if longest is not None and Fraction(max(height, width), min(height, width)) * short > longest:
@@ -148,7 +148,7 @@ def test_output_size_is_the_released_rule_in_exact_fractions(height, width, shor
 
 
 @given(height=st.integers(1, 300), width=st.integers(1, 300), count=st.integers(0, 4), seed=st.integers(0, 2**31))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_image_through_any_recipe_becomes_a_sound_batch(height, width, count, seed):
     rng = np.random.default_rng(seed)
     corner = rng.uniform(0, 1, (count, 2)) * [width - 0.5, height - 0.5]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as run_length
@@ -756,7 +756,7 @@ def coco_files(draw) -> dict:
     return {"images": images, "annotations": draw(st.permutations(annotations)), "categories": categories}
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 @given(content=coco_files(), with_masks=st.booleans())
 def test_every_valid_file_comes_back_as_it_was(tmp_path_factory, content, with_masks):
     path = tmp_path_factory.mktemp("any") / "any.json"
@@ -786,7 +786,7 @@ def test_packed_bytes_unpack(items):
     assert packed.unpack() == items and [packed.item(i) for i in range(len(items))] == items
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 1000), density=st.floats(0, 1))
 def test_run_lengths_are_read_as_pycocotools_writes_them(seed, density):
     mask = (np.random.default_rng(seed).random((23, 17)) < density).astype(np.uint8, order="F")

@@ -417,8 +417,7 @@ def blank_areas(read: dict, wanted: dict) -> dict:
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-@settings(max_examples=6, deadline=None, database=None, derandomize=True,
-          suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(content=coco_files(), i=st.integers(0, 10**6))
 def test_a_damaged_file_loads_as_it_should_or_stops_and_names_the_culprit(tmp_path, name, content, i):
     outcome, apply, expect = DAMAGES[name]
@@ -453,8 +452,7 @@ def test_a_damaged_file_loads_as_it_should_or_stops_and_names_the_culprit(tmp_pa
         assert word in said, f"{word!r} is not in: {said}"
 
 
-@settings(max_examples=40, deadline=None, database=None, derandomize=True,
-          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=coco_files(), place=st.integers(0, 10**6), letter=st.integers(0, 255))
 def test_one_changed_byte_never_crashes_the_reader(tmp_path, content, place, letter):
     "Whatever a single wrong byte makes of a file: it loads, or stops with a message that names the file."
