@@ -3,12 +3,12 @@
 # %% auto #0
 __all__ = ['logger', 'LAPTOP', 'LAPTOP_HEAD', 'LAPTOP_MASKS', 'DECIDING', 'LOGS', 'REQUEUE', 'SIGNALS', 'DataSettings',
            'RunSettings', 'LearningSettings', 'ModelSettings', 'LossSettings', 'Config', 'peek', 'known_settings',
-           'run_folders', 'holds_run', 'find_checkpoint', 'default_config', 'parse_config', 'open_data', 'first_images',
-           'open_split', 'preprocessing', 'choose_transform', 'select', 'build_model', 'build_criterion',
-           'parameter_groups', 'newton_schulz', 'orthogonalize', 'Muon', 'build_optimizer', 'rate_factor', 'set_rates',
-           'open_run', 'set_aside', 'write_config', 'grouped', 'Averages', 'scaled_and_raw', 'train_step',
-           'batch_losses', 'Run', 'progress_bar', 'steps_of_epoch', 'memory_mb', 'train_one_epoch', 'log_step',
-           'first_non_finite', 'watch_outputs', 'report_non_finite', 'cell_labels', 'CellClassifier',
+           'run_folders', 'holds_run', 'find_checkpoint', 'default_config', 'check_flags', 'parse_config', 'open_data',
+           'first_images', 'open_split', 'preprocessing', 'choose_transform', 'select', 'build_model',
+           'build_criterion', 'parameter_groups', 'newton_schulz', 'orthogonalize', 'Muon', 'build_optimizer',
+           'rate_factor', 'set_rates', 'open_run', 'set_aside', 'write_config', 'grouped', 'Averages', 'scaled_and_raw',
+           'train_step', 'batch_losses', 'Run', 'progress_bar', 'steps_of_epoch', 'memory_mb', 'train_one_epoch',
+           'log_step', 'first_non_finite', 'watch_outputs', 'report_non_finite', 'cell_labels', 'CellClassifier',
            'build_classifier', 'backbone_config', 'train_backbone', 'average_gradients', 'save', 'learned_state',
            'is_sharded', 'run_state', 'classes_of', 'images_per_batch', 'save_or_warn', 'resume', 'load_learned',
            'keep_settings', 'go_on', 'restore_process', 'mean_of', 'find_place', 'cut_off', 'listening', 'note',
@@ -321,6 +321,24 @@ def default_config(told: Mapping[str, str]) -> Config:
     return default
 
 
+def check_flags(config: Config) -> None:
+    "Raise `ValueError` where flags name half a data set, several data sets, or several things to start from."
+    names = ("train_images", "train_annotations", "val_images", "val_annotations")
+    own = [f"--{name}" for name in names if getattr(config, name)]
+    if own and not (config.train_annotations and config.val_annotations):
+        raise ValueError(f"{' and '.join(own)} alone name no data set: give both --train_annotations and "
+                         "--val_annotations, the files that list the images")
+    other = [f"--{name}" for name in ("coco_path", "coco_panoptic_path") if getattr(config, name)]
+    if own and (other or config.panoptic):
+        raise ValueError(f"{' and '.join(own)} name a data set, and {' and '.join(other) or '--dataset_file'} another: "
+                         "leave one of them out")
+    if config.coco_panoptic_path and not config.panoptic:
+        raise ValueError("--coco_panoptic_path is read with --dataset_file coco_panoptic only")
+    if config.finetune and config.frozen_weights:
+        raise ValueError("--finetune and --frozen_weights both say what to start from: leave one out. The first goes "
+                         "on training everything, the second trains the mask head alone")
+
+
 DECIDING = ("coco_path", "coco_panoptic_path", "train_annotations", "output_dir", "resume", "finetune",
             "frozen_weights", "masks", "overfit")
 
@@ -328,10 +346,14 @@ DECIDING = ("coco_path", "coco_panoptic_path", "train_annotations", "output_dir"
 def parse_config(argv: list[str]) -> Config:
     "The configuration that a command line asks for: the paper's settings with `--coco_path`, the laptop's without."
     told = peek(argv, *DECIDING)
+    if told.get("resume", "auto") not in ("", "auto") and told.get("finetune"):  # with auto: to begin with, if need be
+        raise ValueError(f"--resume {told['resume']} goes on with its own weights, and --finetune {told['finetune']} "
+                         "would not be read: leave one out")
     told["resume"] = find_checkpoint(told)
     check_mask_flags("masks" in told or bool(told["resume"]), told.get("frozen_weights", ""))
     default = default_config(told)
     config = tyro.cli(Config, args=argv, default=default, prog="detr_nb.train", use_underscores=True)
+    check_flags(config)
     return replace(config, resume=told["resume"])
 
 # %% ../nbs/18_train.ipynb #fea484a2
@@ -370,8 +392,6 @@ def open_split(config: Config, split: str) -> CocoDataset:
     if not config.train_annotations:
         return open_coco(config.coco_path or config.shapes_path, split, **settings)
     annotations, images = getattr(config, f"{split}_annotations"), getattr(config, f"{split}_images")
-    if not annotations:
-        raise ValueError(f"--train_annotations needs --{split}_annotations beside it")
     return CocoDataset(images or Path(annotations).parent, annotations, **settings)
 
 # %% ../nbs/18_train.ipynb #60972909

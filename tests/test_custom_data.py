@@ -120,6 +120,22 @@ def test_files_by_name_train_like_the_folder(run, export, tmp_path):
     assert logs[0]["train_loss"] == logs[1]["train_loss"]
 
 
+@pytest.mark.parametrize("flags, words", [
+    ("--train_images a --val_images b", ["--train_images and --val_images alone", "--val_annotations"]),
+    ("--train_annotations a.json", ["--train_annotations alone"]),
+    ("--coco_path c --val_annotations b.json", ["--val_annotations alone"]),
+    ("--coco_path c --train_annotations a.json --val_annotations b.json", ["--coco_path another"]),
+    ("--dataset_file coco_panoptic --train_annotations a.json --val_annotations b.json", ["--dataset_file another"]),
+    ("--coco_path c --coco_panoptic_path p", ["--coco_panoptic_path is read with --dataset_file coco_panoptic"]),
+    ("--masks --finetune RUN --frozen_weights RUN", ["--finetune and --frozen_weights", "leave one out"]),
+    ("--resume RUN --finetune RUN", ["goes on with its own weights", "leave one out"]),
+])  # fmt: skip
+def test_flags_that_contradict_each_other_are_refused(run, flags, words):
+    with pytest.raises(ValueError) as error:
+        train.parse_config(flags.replace("RUN", str(run / "checkpoint.pth")).split())
+    assert all(word in str(error.value) for word in words), error.value
+
+
 def test_fine_tuning_takes_the_checkpoint_s_model_and_the_set_s_classes(run, export, tmp_path, caplog):
     other = tmp_path / "other"
     for seed, split in enumerate(("train", "valid")):
