@@ -201,7 +201,8 @@ def test_vitals_leave_crowds_out(export, tmp_path):
 
 def make_vitals(per_image: list[int], sides: list[float], objects=(90, 90), images_with=(60, 60)) -> Vitals:
     columns = torch.tensor(objects), torch.tensor(images_with), torch.tensor(per_image)
-    return Vitals(("cat", "dog"), *columns, torch.full((len(per_image),), 480), torch.tensor(sides))
+    labels = torch.arange(len(sides)) % 2
+    return Vitals(("cat", "dog"), *columns, torch.full((len(per_image),), 480), torch.tensor(sides), labels)
 
 
 def flags_of(*arguments, **settings) -> dict:
@@ -221,12 +222,19 @@ def test_small_objects_get_a_cell_within_reason(side, stride, size):
     assert found["image_size"] == size
 
 
+def test_a_rare_class_of_small_objects_decides():
+    vital = make_vitals([1], [0.4, 0.1] + [0.4] * 98)._replace(labels=torch.tensor([0, 1] + [0] * 98))
+    assert flags_of(vital, vital, stride=16)["image_size"] == 160
+
+
 @pytest.mark.parametrize("batch_size, rate", [(16, 1e-4), (64, 2e-4), (4, 5e-5)])
 def test_the_rate_grows_with_the_root_of_the_batch_and_the_steps_stay(batch_size, rate):
     some = make_vitals([1] * 100, [0.2])
     found = flags_of(some, some, batch_size=batch_size)
     assert found["lr"] == pytest.approx(rate) and found["lr_backbone"] == pytest.approx(rate / 10)
     assert found["epochs"] * 100 / batch_size == pytest.approx(2000)
+    own = flags_of(some, some, batch_size=batch_size, lr=5e-4, lr_backbone=5e-4, learned_with=batch_size // 4)
+    assert own["lr"] == own["lr_backbone"] == pytest.approx(1e-3)
 
 
 def test_cautions_name_the_class():
@@ -247,6 +255,7 @@ def test_the_suggested_command_is_one_that_trains(run, export, tmp_path, capsys)
     assert words[:3] == ["python", "-m", "detr_nb.train"]
     train.main([*words[3:], *QUIET, "--output_dir", str(tmp_path)])
     assert (tmp_path / "checkpoint.pth").exists()
+    assert f"--lr {float(words[words.index('--lr') + 1]):g}: 0.0001 was the checkpoint's at" in text
     assert "detr_resnet50 --num_queries 100" in describe(export, "detr_resnet50", 8)  # nothing is fetched
 
 
@@ -263,6 +272,11 @@ def test_a_training_inside_a_program_leaves_threads_environment_and_signals_as_t
 def test_what_cannot_be_described_is_refused_in_one_message(tmp_path):
     with pytest.raises(SystemExit, match="DataError: no such folder"):
         describe_command([str(tmp_path / "nowhere")])
+
+
+def test_weights_that_are_not_there_are_not_suggested(export):
+    with pytest.raises(SystemExit, match="CheckpointError: .*typo.pth"):
+        describe_command([str(export), "--weights", "typo.pth"])
 
 
 @pytest.mark.parametrize("changes", [{}, {"pre_norm": True, "nheads": 4}, {"backbone": "resnet18", "dilation": False}])
