@@ -3,16 +3,16 @@
 # %% auto #0
 __all__ = ['logger', 'RELEASED_URL', 'RELEASED', 'HALVES', 'ENCODER', 'DECODER', 'TABLES', 'BLOCK', 'NAMES', 'RESNET', 'TIMM',
            'DEPTHS', 'COCO_NAMES', 'COCO_STUFF', 'PANOPTIC_CLASSES', 'CHECKPOINT', 'PREVIOUS', 'CLASS_HEAD',
-           'CheckpointError', 'save_checkpoint', 'load_file', 'load_safetensors', 'cached', 'fetch_once',
-           'load_address', 'Contents', 'read_source', 'beside', 'split_contents', 'rename', 'reversed_table',
-           'modern_name', 'join_projections', 'split_projections', 'layout_of', 'our_name', 'our_tensors',
-           'mask_tensors', 'count_blocks', 'read_backbone', 'read_architecture', 'complete', 'settings_of_ours', 'told',
-           'load_model', 'load_layout', 'from_released', 'from_transformers', 'architecture', 'check_writable',
-           'plain_tensors', 'to_released', 'released_name', 'to_transformers', 'class_names', 'thing_classes',
-           'Preprocessing', 'Detector', 'load_detector', 'load_checkpoint', 'newest_checkpoint', 'settings_changed',
-           'named_model', 'detr_resnet50', 'detr_resnet50_dc5', 'detr_resnet101', 'detr_resnet101_dc5',
-           'detr_resnet50_panoptic', 'detr_resnet50_dc5_panoptic', 'detr_resnet101_panoptic', 'Report', 'class_rows',
-           'take_queries', 'take_classes', 'finetune']
+           'CheckpointError', 'save_checkpoint', 'load_file', 'load_safetensors', 'cached', 'fetch', 'load_address',
+           'Contents', 'read_source', 'beside', 'split_contents', 'rename', 'reversed_table', 'modern_name',
+           'join_projections', 'split_projections', 'layout_of', 'our_name', 'our_tensors', 'mask_tensors',
+           'count_blocks', 'read_backbone', 'read_architecture', 'complete', 'settings_of_ours', 'told',
+           'known_architecture', 'load_model', 'load_layout', 'from_released', 'from_transformers', 'architecture',
+           'check_writable', 'plain_tensors', 'to_released', 'released_name', 'to_transformers', 'class_names',
+           'thing_classes', 'Preprocessing', 'Detector', 'load_detector', 'load_checkpoint', 'newest_checkpoint',
+           'settings_changed', 'named_model', 'detr_resnet50', 'detr_resnet50_dc5', 'detr_resnet101',
+           'detr_resnet101_dc5', 'detr_resnet50_panoptic', 'detr_resnet50_dc5_panoptic', 'detr_resnet101_panoptic',
+           'Report', 'class_rows', 'take_queries', 'take_classes', 'finetune']
 
 # %% ../nbs/17_checkpoints.ipynb #a346202f
 import argparse
@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import Backbone
+from .coco import sum_of
 from .detr import DETR, build_detr
 from .distributed import get_logger
 from .segmentation import SegmentationDETR, build_segmentation
@@ -125,11 +126,8 @@ def cached(url: str) -> tuple[Path, str | None]:
     return Path(torch.hub.get_dir()) / "checkpoints" / name, digits and digits[1]
 
 # %% ../nbs/17_checkpoints.ipynb #e35313ad
-def fetch_once(url: str) -> Path:
-    "Download a file once, and check it against the digits in its name; raises `CheckpointError`."
-    file, digits = cached(url)
-    if file.exists():
-        return file
+def fetch(url: str, file: Path, digits: str | None) -> None:
+    "Download a file, and check it against the digits that its SHA-256 begins with; raises `CheckpointError`."
     logger.info("downloading %s to %s", url, file)
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -139,16 +137,22 @@ def fetch_once(url: str) -> Path:
             f"{url} could not be downloaded ({type(error).__name__}: {error}). "
             f"Download it where there is a network and put the file to {file}, or give its path."
         ) from error
-    return file
 
 # %% ../nbs/17_checkpoints.ipynb #39c52750
 def load_address(url: str) -> Any:
-    "What the file at an address holds; one that cannot be read does not stay in the cache."
-    file = fetch_once(url)
+    "What the file at an address holds, fetched once; raises `CheckpointError`."
+    file, digits = cached(url)
+    was_there = file.exists()
+    if not was_there:
+        fetch(url, file, digits)
+    elif digits and not (found := sum_of(file)).startswith(digits):
+        raise CheckpointError(f"{file} is not the file of {url}: its SHA-256 begins with {found[:len(digits)]}. "
+                              "Delete it, and it will be downloaded")
     try:
         return load_file(file)
     except CheckpointError:
-        file.unlink(missing_ok=True)
+        if not was_there:
+            file.unlink(missing_ok=True)
         raise
 
 # %% ../nbs/17_checkpoints.ipynb #06f78a87
@@ -165,6 +169,9 @@ def read_source(
     "Open a checkpoint of any layout; raises `CheckpointError`."
     if isinstance(source, Mapping):
         return split_contents(source, "the given state dict", {})
+    if not isinstance(source, (str, os.PathLike)):
+        raise CheckpointError(f"a checkpoint is a path, an address, a model's name or a state dict, not a "
+                              f"{type(source).__name__}; of a model give its state_dict()")
     source = str(source)
     if source in RELEASED and not Path(source).exists():
         source = RELEASED_URL + RELEASED[source]
@@ -280,12 +287,16 @@ def split_projections(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def layout_of(contents: Contents) -> str:
     "Who wrote the tensors' names: 'detr_nb', 'released' or 'transformers'; raises `CheckpointError` for others."
     names = {name.removeprefix("detr.") for name in contents.tensors}
-    if "model.query_position_embeddings.weight" in names:
+
+    def some(*beginnings: str) -> bool:
+        return any(name.startswith(beginnings) for name in names)
+
+    if some("model.encoder.layers.") and some("model.backbone."):
         return "transformers"
-    if "query_embed.weight" in names:
-        if any(name.startswith("backbone.0.body.") for name in names):
+    if some("transformer.encoder.layers."):
+        if some("backbone.0.body."):
             return "released"
-        if any(name.startswith(("backbone.body.", "backbone.stem.")) for name in names):
+        if some("backbone.body.", "backbone.stem."):
             return "detr_nb"
     raise CheckpointError(
         f"{contents.name} is of no layout known here (detr_nb, the released DETR, transformers' "
@@ -359,24 +370,27 @@ def read_backbone(tensors: dict[str, Tensor]) -> dict[str, str]:
     return {"backbone": DEPTHS[blocks], "norm": norm}
 
 # %% ../nbs/17_checkpoints.ipynb #3561d685
-def read_architecture(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    "What the names and shapes of a model's tensors (under our names) say of the arguments of `build_detr`."
+def read_architecture(
+    tensors: dict[str, Tensor],  # under our names
+    whole: bool = True,  # False: what is not there is left out
+) -> dict[str, Any]:
+    "What the names and shapes of a model's tensors say of the arguments of `build_detr`; raises `CheckpointError`."
     names, stack = list(tensors), "transformer.decoder.layers."
     learned = "position_encoding.row_embed.weight" in tensors
-    try:
-        return {
-            "num_classes": len(tensors["class_embed.weight"]) - 1,
-            "num_queries": len(tensors["query_embed.weight"]),
-            "hidden_dim": tensors["query_embed.weight"].shape[1],
-            "enc_layers": count_blocks(names, "transformer.encoder.layers."),
-            "dec_layers": count_blocks(names, stack),
-            "dim_feedforward": len(tensors[stack + "0.linear1.weight"]),
-            "pre_norm": "transformer.encoder.norm.weight" in tensors,
-            "position_embedding": "learned" if learned else "sine",
-            **read_backbone(tensors),
-        }
-    except KeyError as error:
-        raise CheckpointError(f"the checkpoint has no {error.args[0]}, which every DETR has") from None
+    found = read_backbone(tensors) | {
+        "enc_layers": count_blocks(names, "transformer.encoder.layers."),
+        "dec_layers": count_blocks(names, stack),
+        "pre_norm": "transformer.encoder.norm.weight" in tensors,
+        "position_embedding": "learned" if learned else "sine",
+    }
+    lengths = {"num_classes": "class_embed.weight", "num_queries": "query_embed.weight",
+               "hidden_dim": "input_proj.weight", "dim_feedforward": stack + "0.linear1.weight"}
+    for key, name in lengths.items():
+        if name in tensors:
+            found[key] = len(tensors[name]) - (key == "num_classes")  # its last row is no-object
+        elif whole:
+            raise CheckpointError(f"the checkpoint has no {name}, which every DETR has")
+    return found
 
 # %% ../nbs/17_checkpoints.ipynb #340e1f3d
 def complete(state: dict) -> dict:
@@ -410,11 +424,23 @@ def told(contents: Contents) -> dict[str, Any]:
         return settings_of_ours(contents)["architecture"]
     stem = Path(urlsplit(contents.name).path).stem
     found = {"nheads": 8, "dilation": "dc5" in re.split(r"[-_.]", stem.lower()), "temperature": 10000.0}
-    if isinstance(flags := contents.rest.get("args"), argparse.Namespace):  # the released training
-        found |= {key: value for key, value in vars(flags).items() if key in ("nheads", "dilation")}
+    flags = contents.rest.get("args", {})  # of the released training, or of our `to_released`
+    flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
+    found |= {key: value for key, value in flags.items() if key in ("nheads", "dilation")}
     settings = contents.rest.get("config.json", {})  # transformers
+    heads = {settings[key] for key in ("encoder_attention_heads", "decoder_attention_heads") if key in settings}
+    if settings.get("activation_function", "relu") != "relu" or len(heads) > 1:
+        raise CheckpointError(f"{contents.name}: by its config.json the activation is "
+                              f"{settings.get('activation_function', 'relu')} and the numbers of heads are "
+                              f"{sorted(heads)}; a DETR here has ReLUs, and as many heads everywhere")
     theirs = {"nheads": "encoder_attention_heads", "dilation": "dilation"}
     return found | {ours: settings[name] for ours, name in theirs.items() if name in settings}
+
+
+def known_architecture(source: str | Path | Mapping) -> dict[str, Any]:
+    "What a checkpoint, also one of a part of a DETR, says of the arguments of `build_detr`; raises `CheckpointError`."
+    contents = read_source(source)
+    return told(contents) | read_architecture(our_tensors(contents, masks=True), whole=False)
 
 # %% ../nbs/17_checkpoints.ipynb #0dff60b9
 def load_model(
@@ -498,17 +524,19 @@ def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("num_batches_tracked")}
 
 # %% ../nbs/17_checkpoints.ipynb #5f6b3277
-def to_released(model: DETR | SegmentationDETR) -> dict[str, dict[str, Tensor]]:
+def to_released(model: DETR | SegmentationDETR) -> dict[str, dict]:
     "The model as a checkpoint of the released code: save it with `torch.save`; raises `CheckpointError`."
     if isinstance(model, SegmentationDETR):
-        detector = {f"detr.{name}": tensor for name, tensor in to_released(model.detr)["model"].items()}
+        inner = to_released(model.detr)
+        detector = {f"detr.{name}": tensor for name, tensor in inner["model"].items()}
         head = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("detr.")}
-        return {"model": OrderedDict(detector | head)}
+        return inner | {"model": OrderedDict(detector | head)}
     check_writable(model, "the released DETR", pre_norm=True)
     parts = ("transformer", "class_embed", "bbox_embed", "query_embed", "input_proj", "backbone", "position_encoding")
     tensors = plain_tensors(model)
     ordered = [name for part in parts for name in tensors if name.startswith(f"{part}.")]
-    return {"model": OrderedDict((released_name(name), tensors[name]) for name in ordered)}
+    return {"model": OrderedDict((released_name(name), tensors[name]) for name in ordered),
+            "args": {key: architecture(model)[key] for key in ("nheads", "dilation")}}  # which no shape shows
 
 
 def released_name(name: str) -> str:
@@ -520,7 +548,11 @@ def to_transformers(
     model: DETR,
     timm: bool = False,  # the backbone's names: timm's, as in the published files, or those of the library's own ResNet
 ) -> dict[str, Tensor]:
-    "The model as a state dict that transformers' `DetrForObjectDetection` loads; raises `CheckpointError`."
+    """The model as a state dict that transformers' `DetrForObjectDetection` loads; raises `CheckpointError`.
+
+    Heads and dilation stand in their configuration, not among the tensors: set them there."""
+    if isinstance(model, SegmentationDETR):
+        raise CheckpointError("a model with masks has no place in transformers' DetrForObjectDetection: give its .detr")
     check_writable(model, "transformers", pre_norm=False)
     table = NAMES + (TIMM if timm else RESNET)
     return {rename(name, table): tensor for name, tensor in split_projections(plain_tensors(model)).items()}
@@ -576,6 +608,7 @@ class Preprocessing(NamedTuple):
     "The size that a model wants its images in."
     short_side: int | None  # pixels; None: as it is
     max_size: int | None  # pixels, at most, for the long side; None: no limit
+    exact: bool = False  # resized through PIL, as the released code does (`--exact_resize`)
 
 
 class Detector(NamedTuple):
@@ -732,6 +765,8 @@ def class_rows(
 def take_queries(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, str]:
     "Copy as many queries as both have, the first ones; returns what was taken of which tensor."
     name = "query_embed.weight"
+    if name not in theirs:
+        return {}
     rows = min(len(ours[name]), len(theirs[name]))
     if len(ours[name]) == len(theirs[name]) or ours[name].shape[1] != theirs[name].shape[1]:
         return {}
@@ -747,6 +782,8 @@ def take_classes(
     names: Sequence[str],  # of our classes
 ) -> dict[str, str]:
     "Copy the class head's rows of shared names; returns what was taken of which tensor. Raises `CheckpointError`."
+    if missing := [name for name in CLASS_HEAD if name not in theirs]:
+        raise CheckpointError(f"{contents.name} has no {' and '.join(missing)}: leave keep_classes out")
     known = class_names(contents, len(theirs["class_embed.weight"]) - 1)
     if known is None:
         raise CheckpointError(f"{contents.name} does not name its classes: leave keep_classes out")
@@ -772,7 +809,7 @@ def finetune(
         raise ValueError(f"{len(names)} class names for a model of {model.num_classes} classes")
     contents = read_source(source)
     there, here = our_tensors(contents), plain_tensors(model)
-    differences = settings_changed(told(contents) | read_architecture(there), architecture(model))
+    differences = settings_changed(told(contents) | read_architecture(there, whole=False), architecture(model))
     for key in ("num_classes", "num_queries", "dropout"):  # seen below, or of no weight
         differences.pop(key, None)
     there = {name: tensor for name, tensor in there.items() if not name.endswith("num_batches_tracked")}

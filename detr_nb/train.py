@@ -58,8 +58,8 @@ from detr_nb.checkpoints import (
     CheckpointError,
     architecture,
     finetune,
+    known_architecture,
     load_checkpoint,
-    load_detector,
     newest_checkpoint,
     save_checkpoint,
     settings_changed,
@@ -314,7 +314,7 @@ def default_config(told: Mapping[str, str]) -> Config:
     if "masks" in told and not elsewhere:
         default = replace(LAPTOP, **(LAPTOP_HEAD if told.get("frozen_weights") else LAPTOP_MASKS))
     if source := told.get("finetune") or told.get("frozen_weights"):
-        model = architecture(load_detector(source).model)
+        model = known_architecture(source)
         default = replace(default, backbone_norm=model["norm"], pretrain_epochs=0, **known_settings(model))
     if told.get("overfit"):  # an epoch is a step or two
         default = replace(default, epochs=600, eval_every=100, pretrain_epochs=0)
@@ -395,12 +395,12 @@ def open_split(config: Config, split: str) -> CocoDataset:
     return CocoDataset(images or Path(annotations).parent, annotations, **settings)
 
 # %% ../nbs/18_train.ipynb #60972909
-def preprocessing(config: Config) -> dict[str, int | None]:
-    "The short side that images are resized to (None: left as it is), and the limit of the long side, in pixels."
+def preprocessing(config: Config) -> dict[str, int | bool | None]:
+    "The short side that images are resized to (None: left as it is), the limit of the long side, in pixels, and how."
     if config.embedded:
         return {"short_side": config.image_size or None, "max_size": 160}
     short_side, max_size = scaled_lengths((config.image_size or 800) / 800, 800, 1333)
-    return {"short_side": short_side, "max_size": max_size}
+    return {"short_side": short_side, "max_size": max_size, "exact": config.exact_resize}
 
 
 def choose_transform(config: Config, train: bool) -> Transform:

@@ -22,6 +22,7 @@ from detr_nb.checkpoints import (
     finetune,
     from_released,
     from_transformers,
+    known_architecture,
     load_checkpoint,
     load_detector,
     save_checkpoint,
@@ -269,6 +270,22 @@ def test_dilation_is_told_by_the_name_the_argument_or_the_saved_flags(tmp_path):
     assert from_released(plain, nheads=2).transformer.decoder.layers[0].self_attn.heads == 2
 
 
+@pytest.mark.parametrize("dilation, nheads", [(False, 4), (True, 8), (True, 2)])
+def test_heads_and_dilation_are_written_beside_the_tensors(tmp_path, dilation, nheads):
+    model = from_released(fill(detector_shapes(**R18)), dilation=dilation, nheads=nheads)
+    torch.save(to_released(model), tmp_path / "mine.pth")
+    assert_same_answers(from_released(tmp_path / "mine.pth"), model)
+    assert known_architecture(tmp_path / "mine.pth").items() >= {"nheads": nheads, "dilation": dilation}.items()
+
+
+def test_what_is_no_checkpoint_is_refused():
+    model = from_released(fill(detector_shapes(**R18)))
+    with pytest.raises(CheckpointError, match="not a DETR; of a model give its state_dict"):
+        load_detector(model)
+    with pytest.raises(CheckpointError, match="give its .detr"):
+        to_transformers(build_segmentation(build_detr(3, "resnet18", pretrained=None, hidden_dim=32)))
+
+
 def test_double_precision_stays():
     state = {name: tensor.double() for name, tensor in fill(detector_shapes(**R18)).items()}
     model = from_released(state)
@@ -380,6 +397,10 @@ def test_a_folder_of_transformers_tells_heads_dilation_and_names(tmp_path):
         assert detector.names == ("cell", "platelet") and detector.category_ids == (0, 1)
         assert architecture(detector.model) == architecture(model)
         assert_same_answers(detector.model, model)
+    for other in ('"activation_function": "gelu"', '"encoder_attention_heads": 4, "decoder_attention_heads": 8'):
+        (tmp_path / "config.json").write_text(f"{{{other}}}")
+        with pytest.raises(CheckpointError, match="by its config.json"):
+            load_detector(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="config.json is not JSON"):
         load_detector(tmp_path)
@@ -654,6 +675,24 @@ def test_digits_that_do_not_fit_are_refused_and_nothing_is_kept(server, tmp_path
     assert not list((tmp_path / "cache").rglob("*.pth"))
 
 
+def test_a_file_that_somebody_put_into_the_cache_is_checked_too_and_stays(server, tmp_path):
+    folder, asked, address = server
+    name = serve(folder, {"model": fill(detector_shapes(**R18))})
+    place = tmp_path / "cache/hub/checkpoints" / name
+    place.parent.mkdir(parents=True)
+    torch.save({"model": fill(detector_shapes(**R18), seed=1)}, place)
+    with pytest.raises(CheckpointError, match=f"{name} is not the file of .*its SHA-256 begins with"):
+        load_detector(address + name)
+    (folder / name).rename(place)
+    load_detector(address + name)
+    assert not asked and place.exists()
+    plain = tmp_path / "cache/hub/checkpoints" / checkpoints.cached(address + "model.pth")[0].name
+    plain.write_bytes(place.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError):
+        load_detector(address + "model.pth")
+    assert plain.exists() and not asked
+
+
 def test_what_cannot_be_fetched_is_named_with_its_place(server):
     _, asked, address = server
     with pytest.raises(CheckpointError, match=r"nothing-01234567.pth could not be downloaded \(HTTPError.*404.*put"):
@@ -703,6 +742,23 @@ def test_all_that_fits_is_taken_and_the_class_head_is_made_anew():
     assert_same(model.state_dict(), expected)
     for line in ("anew class_embed.weight (3, 32)", "not used class_embed.bias (92,)"):
         assert line in str(report)
+
+
+@pytest.mark.parametrize("lacks", ["class_embed.", "bbox_embed.layers.1.bias", "query_embed.", "nothing"])
+def test_a_part_of_a_detr_is_enough_to_begin_with(lacks):
+    whole = fill(detector_shapes(**R18))
+    part = {name: tensor for name, tensor in whole.items() if not name.startswith(lacks)}
+    source, model = {"model": part | {"something.else": torch.zeros(3)}}, fresh_model(2)
+    known = known_architecture(source)
+    assert known["hidden_dim"] == 32 and known["backbone"] == "resnet18" and known["dec_layers"] == 2
+    assert ("num_queries" in known) == ("query_embed.weight" in part) and known.get("num_classes", 91) == 91
+    report = finetune(model, source, ["cell", "platelet"])
+    assert "something.else" in report.unused and len(report.loaded) > 100
+    assert {name for name in report.fresh if not name.startswith("class_embed.")} == {
+        name for name in whole.keys() - part.keys() if not name.startswith("class_embed.")}
+    if lacks == "class_embed.":
+        with pytest.raises(CheckpointError, match="has no class_embed.weight and class_embed.bias: leave keep_classes"):
+            finetune(model, source, ["cell", "platelet"], keep_classes=True)
 
 
 def test_an_equal_number_of_other_classes_does_not_inherit_the_head():
