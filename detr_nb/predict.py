@@ -4,11 +4,11 @@
 __all__ = ['logger', 'Source', 'SUFFIXES', 'PictureError', 'to_bytes', 'to_rgb', 'is_url', 'download', 'read_picture', 'sizing',
            'Prepared', 'prepare_picture', 'map_ahead', 'batch_by_shape', 'Result', 'segmentations', 'boxes_only',
            'run_model', 'kept_queries', 'encode_each', 'cut_pictures', 'detect', 'left_out', 'predict_each',
-           'pictures_in', 'find_pictures', 'pick_device', 'open_detector', 'predict', 'load_font', 'fit_font',
-           'caption_place', 'to_ink', 'write_captions', 'outline_boxes', 'draw_result', 'instance_colors', 'paint_mask',
-           'tint_picture', 'draw_segments', 'image_ids', 'to_coco_annotations', 'CocoWriter', 'SegmentWriter',
-           'PredictSettings', 'drawn_names', 'draw_into', 'write_predictions', 'predict_command', 'Attention',
-           'attention_of']
+           'pictures_in', 'find_pictures', 'pick_device', 'check_numbers', 'open_detector', 'predict', 'load_font',
+           'fit_font', 'caption_place', 'to_ink', 'write_captions', 'outline_boxes', 'draw_result', 'instance_colors',
+           'paint_mask', 'tint_picture', 'draw_segments', 'image_ids', 'to_coco_annotations', 'CocoWriter',
+           'SegmentWriter', 'PredictSettings', 'drawn_names', 'draw_into', 'spare_sources', 'write_predictions',
+           'predict_command', 'Attention', 'attention_of']
 
 # %% ../nbs/19_predict.ipynb #cc97f414
 import json
@@ -56,7 +56,7 @@ from .transforms import Compose, Limit, Resize, Transform
 logger = get_logger(__name__)
 
 # %% ../nbs/19_predict.ipynb #3ccf6b76
-Source = str | Path | Image.Image  # a file, a URL, or a picture in memory
+Source = str | Path | Image.Image | np.ndarray  # a file, a URL, or a picture in memory (an array as PIL takes it)
 
 
 class PictureError(ValueError):
@@ -116,9 +116,9 @@ def read_picture(source: Source | bytes) -> Image.Image:
 # %% ../nbs/19_predict.ipynb #3806164b
 def sizing(preprocessing: Preprocessing) -> Transform:
     "The resize that a detector was trained for."
-    short_side, max_size = preprocessing
+    short_side, max_size, exact = preprocessing
     if short_side:
-        return Resize([short_side], max_size)
+        return Resize([short_side], max_size, exact)
     return Limit(max_size) if max_size else Compose([])
 
 
@@ -223,8 +223,8 @@ def run_model(
 ) -> tuple[Predictions, tuple[int, int]]:  # and (height, width) of the canvas that the images lay on
     "One pass over a batch."
     images, padding = pad_images([picture.image for picture in batch])
-    device = next(model.parameters()).device
-    inputs = images.to(device), None if padding is None else padding.to(device)
+    weight = next(model.parameters())  # pictures go where it is, and are as precise
+    inputs = images.to(weight), None if padding is None else padding.to(weight.device)
     keep = partial(likely_objects, threshold=threshold - 1e-6)  # it wants more than that, we take as much, too
     return model(*inputs, keep=keep) if masks else boxes_only(model)(*inputs), tuple(images.shape[-2:])
 
@@ -334,9 +334,10 @@ def find_pictures(
     skip: Path | None = None,  # a folder to leave out: where results are written
 ) -> list[tuple[str, Source]]:  # name and source; a name that would come twice is the whole path
     "Everything that the sources name, in their order, folders by name; raises `ValueError` when it is nothing."
-    sources = [sources] if isinstance(sources, (str, Path, Image.Image)) else list(sources)
+    sources = [sources] if isinstance(sources, Source) else list(sources)
     found, numbers = [], count(1)
     for source in sources:
+        source = Image.fromarray(source) if isinstance(source, np.ndarray) else source
         if isinstance(source, Image.Image):
             found.append((f"picture {next(numbers)}", source))
         elif is_url(source):
@@ -363,14 +364,25 @@ def pick_device(name: str) -> torch.device:
     return choose_device(name, local_rank=0)
 
 
+def check_numbers(threshold: float, batch_size: int, num_threads: int) -> None:
+    "Raise `ValueError` for numbers with which nothing can be predicted."
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold is a probability between 0 and 1, not {threshold}")
+    if batch_size < 1 or num_threads < 1:
+        raise ValueError(f"batch_size and num_threads must be at least 1, got {batch_size} and {num_threads}")
+
+
 def open_detector(
     detector: Detector | str | Path,  # or what `load_detector` takes
     masks: bool,
     panoptic: bool,
+    exact_resize: bool,  # also when the detector was not trained so
 ) -> Detector:
     "A detector that can do what is asked for; raises `CheckpointError`, a `ValueError`, when it cannot."
     if not isinstance(detector, Detector):
         detector = load_detector(detector, masks or panoptic)
+    if exact_resize:
+        detector = detector._replace(preprocessing=detector.preprocessing._replace(exact=True))
     if (masks or panoptic) and not isinstance(detector.model, SegmentationDETR):
         raise CheckpointError("this detector has no mask head: load it with load_detector(..., masks=True)")
     if panoptic and detector.is_thing is None:
@@ -388,10 +400,12 @@ def predict(
     num_threads: int = 4,  # that read pictures while the model computes
     masks: bool = False,  # the pixels of each object, too: `Result.masks`
     panoptic: bool = False,  # the picture cut into segments, too: `Result.segments`
+    exact_resize: bool = False,  # through PIL, as the released code does; slower
 ) -> Iterator[Result]:
     "Find the pictures, load the detector, and give a result for each picture, in order; `draw_result` draws it."
+    check_numbers(threshold, batch_size, num_threads)
     pictures = find_pictures(sources)
-    detector = open_detector(detector, masks, panoptic)
+    detector = open_detector(detector, masks, panoptic, exact_resize)
     detector.model.to(pick_device(device))
     return predict_each(pictures, detector, threshold, batch_size, num_threads, masks=masks, panoptic=panoptic)
 
@@ -649,6 +663,8 @@ class PredictSettings:
     "draw one map of segments, and write it in COCO's panoptic format; the model needs a mask head"
     pictures: bool = True
     "draw pictures; without them only the results are written"
+    exact_resize: bool = False
+    "resize with PIL, as the released code does: the same to the last grey level, and slower"
     batch_size: int = 4
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     num_threads: int = 4
@@ -676,10 +692,25 @@ def draw_into(item: tuple[Result, Path]) -> Result:
     return result
 
 # %% ../nbs/19_predict.ipynb #8b32dbe3
+def spare_sources(found: Sequence[tuple[str, Source]], paths: Sequence[Path]) -> None:
+    "Raise `ValueError` when one of the pictures would be drawn over."
+    def identity(path: Path) -> tuple[int, int]:  # the same by any name
+        return path.stat().st_dev, path.stat().st_ino
+
+    sources = {identity(source) for _, source in found if isinstance(source, Path) and source.exists()}
+    for path in filter(Path.exists, paths):
+        if identity(path) in sources:
+            raise ValueError(f"{path} is one of the pictures itself, and would be drawn over: give another --output")
+
+# %% ../nbs/19_predict.ipynb #15d9b43a
 def write_predictions(settings: PredictSettings) -> int:
-    "Do what the settings ask for; returns how many pictures were left out."
+    "Do what the settings ask for; returns how many pictures were left out. Raises `ValueError`."
+    check_numbers(settings.threshold, settings.batch_size, settings.num_threads)
     found = find_pictures(settings.sources, skip=settings.output)
-    detector = open_detector(settings.weights, settings.masks, settings.panoptic)
+    paths = [settings.output / name for name in drawn_names([name for name, _ in found])]
+    if settings.pictures:
+        spare_sources(found, paths)
+    detector = open_detector(settings.weights, settings.masks, settings.panoptic, settings.exact_resize)
     detector.model.to(pick_device(settings.device))
     settings.output.mkdir(parents=True, exist_ok=True)
     names, writers = [name for name, _ in found], {"detections.json": CocoWriter(detector)}
@@ -689,7 +720,6 @@ def write_predictions(settings: PredictSettings) -> int:
                            masks=settings.masks, panoptic=settings.panoptic)
     with ThreadPoolExecutor(settings.num_threads) as pool, logging_redirect_tqdm():
         if settings.pictures:
-            paths = (settings.output / name for name in drawn_names(names))
             results = map_ahead(pool, draw_into, zip(results, paths), ahead=2 * settings.num_threads)
         try:
             for result, image_id in tqdm(zip(results, image_ids(names)), total=len(found), unit="picture"):

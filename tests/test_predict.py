@@ -1,5 +1,6 @@
 "Prediction on real files: what cameras, scanners and the web bring, and the command from the outside."
 
+import copy
 import functools
 import http.server
 import json
@@ -20,7 +21,7 @@ from detr_nb import predict as predict_module
 from detr_nb.backbone import FrozenBatchNorm2d
 from detr_nb.batching import one_thread
 from detr_nb.checkpoints import CheckpointError, Detector, Preprocessing, load_detector, save_checkpoint, to_released
-from detr_nb.coco import read_image
+from detr_nb.coco import Sample, read_image
 from detr_nb.detr import build_detr
 from detr_nb.panoptic import read_map, read_panoptic_index
 from detr_nb.predict import (
@@ -36,6 +37,7 @@ from detr_nb.predict import (
 )
 from detr_nb.segmentation import build_segmentation
 from detr_nb.shapes import RUNNING_INDEX, STUFF, draw_scene
+from detr_nb.transforms import Resize
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES, IDS = ("disc", "rectangle", "triangle", "star", "ring", "cross"), (1, 2, 4, 7, 8, 11)
@@ -294,7 +296,36 @@ def test_the_threshold_keeps_what_scores_as_much_or_more(scene, detector):
     assert len(everything.scores) == 8 and (everything.scores.diff() <= 0).all()
     some = float(everything.scores[3])
     assert answer(scene, detector, threshold=some).scores.tolist() == everything.scores[:4].tolist()
-    assert len(answer(scene, detector, threshold=1.01).scores) == 0
+    assert len(answer(scene, detector, threshold=1.0).scores) == 0
+
+
+@pytest.mark.parametrize("numbers", [{"threshold": float("nan")}, {"threshold": 1.5}, {"threshold": -0.1},
+                                     {"batch_size": 0}, {"num_threads": 0}])  # fmt: skip
+def test_numbers_that_mean_nothing_are_refused_at_once(scene, detector, numbers):
+    with pytest.raises(ValueError, match=f"{next(iter(numbers))}.*(between 0 and 1|at least 1)"):
+        predict(scene, detector, **numbers)
+
+
+def test_arrays_are_pictures_and_double_precision_is_no_obstacle(scene, detector):
+    result = answer(scene, detector)
+    (of_array,) = predict(np.array(scene), detector, threshold=0.0, device="cpu")
+    assert torch.equal(of_array.boxes, result.boxes)
+    precise = detector._replace(model=copy.deepcopy(detector.model).double())
+    torch.testing.assert_close(answer(scene, precise).scores, result.scores.double(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_an_exact_resize_of_the_training_is_used_and_can_be_asked_for(scene, asked, monkeypatch):
+    detector, seen = make_detector(75, 200), []
+    if not asked:
+        detector = detector._replace(preprocessing=detector.preprocessing._replace(exact=True))
+    pad = predict_module.pad_images
+    monkeypatch.setattr(predict_module, "pad_images", lambda images: (seen.extend(images), pad(images))[1])
+    list(predict(scene, detector, device="cpu", exact_resize=asked))
+    sample = Sample(torch.from_numpy(np.array(scene)).permute(2, 0, 1), torch.zeros(0, dtype=torch.int64),
+                    torch.zeros(0, 4), 0, scene.size[::-1])  # fmt: skip
+    exact, fast = (Resize([75], 200, exact)(sample, np.random.default_rng(0)).image for exact in (True, False))
+    assert torch.equal(seen[0], exact) and not torch.equal(exact, fast)
 
 
 def test_every_box_has_the_name_of_its_class(scene, detector):
@@ -483,6 +514,17 @@ def test_the_command_reports_a_broken_file_and_ends_with_a_status(scene, weights
     assert not (tmp_path / "predictions/3.jpg").exists() and (tmp_path / "predictions/4.jpg").exists()
 
 
+@pytest.mark.parametrize("source", ["album", "album/a.jpg", "link"])
+def test_no_picture_is_drawn_over(source, scene, weights, tmp_path):
+    (tmp_path / "album").mkdir()
+    scene.save(tmp_path / "album/a.jpg")
+    (tmp_path / "link").symlink_to("album")
+    before = (tmp_path / "album/a.jpg").read_bytes()
+    done = command(source, "--weights", weights, "--output", "album", folder=tmp_path)
+    assert done.returncode != 0 and "would be drawn over: give another --output" in done.stderr
+    assert (tmp_path / "album/a.jpg").read_bytes() == before and len(list((tmp_path / "album").iterdir())) == 1
+
+
 def test_the_command_explains_mistakes_without_a_traceback(scene, weights, tmp_path):
     scene.save(tmp_path / "a.png")
     (tmp_path / "empty").mkdir()
@@ -490,6 +532,7 @@ def test_the_command_explains_mistakes_without_a_traceback(scene, weights, tmp_p
         (("empty", "--weights", weights), "no images in empty"),
         (("a.png", "--weights", "nowhere.pth"), "nowhere.pth"),
         (("a.png",), "--weights"),
+        (("a.png", "--weights", weights, "--threshold", "2"), "threshold is a probability"),
     ):
         done = command(*arguments, folder=tmp_path)
         assert done.returncode != 0 and message in done.stderr + done.stdout and "Traceback" not in done.stderr
