@@ -3,10 +3,10 @@
 # %% auto #0
 __all__ = ['logger', 'RELEASED_URL', 'RELEASED', 'HALVES', 'ENCODER', 'DECODER', 'TABLES', 'BLOCK', 'NAMES', 'RESNET', 'TIMM',
            'DEPTHS', 'COCO_NAMES', 'COCO_STUFF', 'PANOPTIC_CLASSES', 'CHECKPOINT', 'PREVIOUS', 'CLASS_HEAD',
-           'CheckpointError', 'save_checkpoint', 'load_file', 'load_safetensors', 'cached', 'fetch', 'load_address',
-           'Contents', 'read_source', 'beside', 'split_contents', 'rename', 'reversed_table', 'modern_name',
-           'join_projections', 'split_projections', 'layout_of', 'our_name', 'our_tensors', 'mask_tensors',
-           'count_blocks', 'read_backbone', 'read_architecture', 'complete', 'settings_of_ours', 'told',
+           'CheckpointError', 'save_checkpoint', 'load_file', 'load_safetensors', 'cached', 'fetch_checkpoint',
+           'load_address', 'Contents', 'read_source', 'beside', 'split_contents', 'rename', 'reversed_table',
+           'modern_name', 'join_projections', 'split_projections', 'layout_of', 'our_name', 'our_tensors',
+           'mask_tensors', 'count_blocks', 'read_backbone', 'read_architecture', 'complete', 'settings_of_ours', 'told',
            'known_architecture', 'load_model', 'load_layout', 'from_released', 'from_transformers', 'architecture',
            'check_writable', 'plain_tensors', 'to_released', 'released_name', 'to_transformers', 'class_names',
            'thing_classes', 'Preprocessing', 'Detector', 'load_detector', 'load_checkpoint', 'newest_checkpoint',
@@ -126,7 +126,7 @@ def cached(url: str) -> tuple[Path, str | None]:
     return Path(torch.hub.get_dir()) / "checkpoints" / name, digits and digits[1]
 
 # %% ../nbs/17_checkpoints.ipynb #e35313ad
-def fetch(url: str, file: Path, digits: str | None) -> None:
+def fetch_checkpoint(url: str, file: Path, digits: str | None) -> None:
     "Download a file, and check it against the digits that its SHA-256 begins with; raises `CheckpointError`."
     logger.info("downloading %s to %s", url, file)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +144,7 @@ def load_address(url: str) -> Any:
     file, digits = cached(url)
     was_there = file.exists()
     if not was_there:
-        fetch(url, file, digits)
+        fetch_checkpoint(url, file, digits)
     elif digits and not (found := sum_of(file)).startswith(digits):
         raise CheckpointError(f"{file} is not the file of {url}: its SHA-256 begins with {found[:len(digits)]}. "
                               "Delete it, and it will be downloaded")
@@ -189,9 +189,12 @@ def beside(path: Path) -> dict:
     if path.suffix not in (".safetensors", ".bin") or not file.is_file():
         return {}
     try:
-        return {"config.json": json.loads(file.read_text(encoding="utf-8"))}
+        settings = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{file} is not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{file} holds no settings by name, but a {type(settings).__name__}: get it again")
+    return {"config.json": settings}
 
 
 def split_contents(found: Any, name: str, rest: dict) -> Contents:
@@ -291,9 +294,9 @@ def layout_of(contents: Contents) -> str:
     def some(*beginnings: str) -> bool:
         return any(name.startswith(beginnings) for name in names)
 
-    if some("model.encoder.layers.") and some("model.backbone."):
+    if some("model.encoder.layers.", "model.decoder.layers.") and some("model.backbone."):
         return "transformers"
-    if some("transformer.encoder.layers."):
+    if some("transformer.encoder.layers.", "transformer.decoder.layers."):
         if some("backbone.0.body."):
             return "released"
         if some("backbone.body.", "backbone.stem."):
@@ -357,17 +360,22 @@ def count_blocks(names: list[str], start: str) -> int:
     return len({name.removeprefix(start).split(".")[0] for name in names if name.startswith(start)})
 
 
-def read_backbone(tensors: dict[str, Tensor]) -> dict[str, str]:
+def read_backbone(
+    tensors: dict[str, Tensor],  # under our names
+    whole: bool = True,  # False: no name for a ResNet that lacks blocks
+) -> dict[str, str]:
     "Name and norm of the backbone that these tensors belong to; raises `CheckpointError`."
     if "backbone.stem.conv.weight" in tensors:
         return {"backbone": "small", "norm": "group"}
     last = "conv3" if "backbone.body.layer1.0.conv3.weight" in tensors else "conv2"
     blocks = (last, *(count_blocks(list(tensors), f"backbone.body.layer{stage}.") for stage in range(1, 5)))
-    if blocks not in DEPTHS:
-        raise CheckpointError(f"no ResNet known here has stages of {blocks[1:]} blocks that end in {last}")
-    parts = {name.rsplit(".", 1)[-1] for name in tensors if name.startswith("backbone.body.bn1.")}
+    parts = {name.rsplit(".", 1)[-1] for name in tensors if name.startswith("backbone.body.")}
     norm = "batch" if "num_batches_tracked" in parts else "frozen" if "running_mean" in parts else "group"
-    return {"backbone": DEPTHS[blocks], "norm": norm}
+    if blocks in DEPTHS:
+        return {"backbone": DEPTHS[blocks], "norm": norm}
+    if whole:
+        raise CheckpointError(f"no ResNet known here has stages of {blocks[1:]} blocks that end in {last}")
+    return {"norm": norm}
 
 # %% ../nbs/17_checkpoints.ipynb #3561d685
 def read_architecture(
@@ -377,8 +385,8 @@ def read_architecture(
     "What the names and shapes of a model's tensors say of the arguments of `build_detr`; raises `CheckpointError`."
     names, stack = list(tensors), "transformer.decoder.layers."
     learned = "position_encoding.row_embed.weight" in tensors
-    found = read_backbone(tensors) | {
-        "enc_layers": count_blocks(names, "transformer.encoder.layers."),
+    found = read_backbone(tensors, whole) | {
+        "enc_layers": count_blocks(names, "transformer.encoder.layers."),  # none is a DETR, too (table 2 of the paper)
         "dec_layers": count_blocks(names, stack),
         "pre_norm": "transformer.encoder.norm.weight" in tensors,
         "position_embedding": "learned" if learned else "sine",
@@ -390,6 +398,8 @@ def read_architecture(
             found[key] = len(tensors[name]) - (key == "num_classes")  # its last row is no-object
         elif whole:
             raise CheckpointError(f"the checkpoint has no {name}, which every DETR has")
+    if not found["dec_layers"]:  # there is no DETR without: the decoder is missing
+        del found["dec_layers"]
     return found
 
 # %% ../nbs/17_checkpoints.ipynb #340e1f3d
@@ -424,15 +434,17 @@ def told(contents: Contents) -> dict[str, Any]:
         return settings_of_ours(contents)["architecture"]
     stem = Path(urlsplit(contents.name).path).stem
     found = {"nheads": 8, "dilation": "dc5" in re.split(r"[-_.]", stem.lower()), "temperature": 10000.0}
-    flags = contents.rest.get("args", {})  # of the released training, or of our `to_released`
+    flags = contents.rest.get("args")  # of the released training, or of our `to_released`
     flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
-    found |= {key: value for key, value in flags.items() if key in ("nheads", "dilation")}
+    if isinstance(flags, Mapping):
+        found |= {key: value for key, value in flags.items() if key in ("nheads", "dilation")}
     settings = contents.rest.get("config.json", {})  # transformers
-    heads = {settings[key] for key in ("encoder_attention_heads", "decoder_attention_heads") if key in settings}
-    if settings.get("activation_function", "relu") != "relu" or len(heads) > 1:
-        raise CheckpointError(f"{contents.name}: by its config.json the activation is "
-                              f"{settings.get('activation_function', 'relu')} and the numbers of heads are "
-                              f"{sorted(heads)}; a DETR here has ReLUs, and as many heads everywhere")
+    activation = settings.get("activation_function", "relu")  # what a config.json leaves out is the paper's there
+    encoder, decoder = (settings.get(f"{half}_attention_heads", 8) for half in ("encoder", "decoder"))
+    if activation != "relu" or encoder != decoder:
+        raise CheckpointError(f"{contents.name}: by its config.json the activation is {activation}, with {encoder} "
+                              f"heads in the encoder and {decoder} in the decoder; a DETR here has ReLUs, and as many "
+                              "heads in both: use it with transformers, or correct the file if it is wrong")
     theirs = {"nheads": "encoder_attention_heads", "dilation": "dilation"}
     return found | {ours: settings[name] for ours, name in theirs.items() if name in settings}
 
@@ -554,8 +566,10 @@ def to_transformers(
     if isinstance(model, SegmentationDETR):
         raise CheckpointError("a model with masks has no place in transformers' DetrForObjectDetection: give its .detr")
     check_writable(model, "transformers", pre_norm=False)
-    table = NAMES + (TIMM if timm else RESNET)
-    return {rename(name, table): tensor for name, tensor in split_projections(plain_tensors(model)).items()}
+    table, tensors = NAMES + (TIMM if timm else RESNET), split_projections(plain_tensors(model))
+    if added := [name for name in tensors if rename(name, table) is None]:
+        raise CheckpointError(f"transformers has no place for {', '.join(added)}: take these parts off the model")
+    return {rename(name, table): tensor for name, tensor in tensors.items()}
 
 # %% ../nbs/17_checkpoints.ipynb #94e501f4
 COCO_NAMES = tuple(

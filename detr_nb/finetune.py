@@ -80,7 +80,8 @@ def suggest(
     fullest = int(max(train.per_image.max(), val.per_image.max()))
     enough = known_queries >= 2 * fullest
     queries = known_queries if enough else math.ceil(2 * fullest / 10) * 10
-    typical = {float(train.sides[train.labels == label].median()): train.names[label] for label in train.labels.unique()}
+    by_class = ((train.sides[train.labels == label], train.names[label]) for label in train.labels.unique())
+    typical = {float(sides.median()): name for sides, name in by_class}
     small = min(typical)
     size = min(800, math.ceil(stride / small / 32) * 32)
     growth = math.sqrt(batch_size / learned_with)

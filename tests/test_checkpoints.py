@@ -284,6 +284,21 @@ def test_what_is_no_checkpoint_is_refused():
         load_detector(model)
     with pytest.raises(CheckpointError, match="give its .detr"):
         to_transformers(build_segmentation(build_detr(3, "resnet18", pretrained=None, hidden_dim=32)))
+    model.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(CheckpointError, match="transformers has no place for extra.weight, extra.bias"):
+        to_transformers(model)
+
+
+@pytest.mark.parametrize("flags", [None, [1], "x"])
+def test_flags_that_are_none_are_passed_over(flags):
+    assert known_architecture({"model": fill(detector_shapes(**R18)), "args": flags})["nheads"] == 8
+
+
+def test_a_model_without_encoder_layers_comes_back_in_every_layout():
+    model = build_detr(3, "resnet18", pretrained=None, **TINY | {"enc_layers": 0}).eval()
+    for again in (from_released(to_released(model)), from_transformers(to_transformers(model), nheads=TINY["nheads"]),
+                  load_detector(make_state(model)).model):
+        assert_same_answers(again, model)
 
 
 def test_double_precision_stays():
@@ -391,18 +406,23 @@ def test_a_folder_of_transformers_tells_heads_dilation_and_names(tmp_path):
     model = from_released(fill(detector_shapes(**R18, classes=2)), dilation=True, nheads=4)
     safetensors.save_file(to_transformers(model, timm=True), tmp_path / "model.safetensors")
     labels = '{"0": "cell", "1": "platelet"}'
-    (tmp_path / "config.json").write_text(f'{{"dilation": true, "encoder_attention_heads": 4, "id2label": {labels}}}')
+    heads = '"encoder_attention_heads": 4, "decoder_attention_heads": 4'
+    (tmp_path / "config.json").write_text(f'{{"dilation": true, {heads}, "id2label": {labels}}}')
     for source in (tmp_path, tmp_path / "model.safetensors"):
         detector = load_detector(source)
         assert detector.names == ("cell", "platelet") and detector.category_ids == (0, 1)
         assert architecture(detector.model) == architecture(model)
         assert_same_answers(detector.model, model)
-    for other in ('"activation_function": "gelu"', '"encoder_attention_heads": 4, "decoder_attention_heads": 8'):
+    for other in ('"activation_function": "gelu"', '"encoder_attention_heads": 4, "decoder_attention_heads": 8',
+                  '"decoder_attention_heads": 4', '"encoder_attention_heads": 4'):  # what is left out is 8 there
         (tmp_path / "config.json").write_text(f"{{{other}}}")
         with pytest.raises(CheckpointError, match="by its config.json"):
             load_detector(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="config.json is not JSON"):
+        load_detector(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="config.json holds no settings by name, but a list"):
         load_detector(tmp_path)
 
 
@@ -759,6 +779,20 @@ def test_a_part_of_a_detr_is_enough_to_begin_with(lacks):
     if lacks == "class_embed.":
         with pytest.raises(CheckpointError, match="has no class_embed.weight and class_embed.bias: leave keep_classes"):
             finetune(model, source, ["cell", "platelet"], keep_classes=True)
+
+
+@pytest.mark.parametrize("lacks, untold", [
+    ("transformer.decoder.", {"dec_layers", "dim_feedforward"}), ("query_embed.", {"num_queries"}),
+    ("backbone.0.body.layer3.1", {"backbone"}), ("backbone.0.body.bn1.", set()), ("input_proj.", {"hidden_dim"})])
+def test_what_the_tensors_do_not_tell_is_left_out_and_not_guessed(lacks, untold):
+    whole = fill(detector_shapes(**R18))
+    part = {name: tensor for name, tensor in whole.items() if not name.startswith(lacks)}
+    told, expected = known_architecture(part), known_architecture(whole)
+    assert told == {key: value for key, value in expected.items() if key not in untold} and told["norm"] == "frozen"
+    report = finetune(fresh_model(2), part, ["cell", "platelet"])
+    assert len(report.loaded) == len(part) - 2 and not report.settings  # all but the class head
+    with pytest.raises(CheckpointError):
+        load_detector(part)
 
 
 def test_an_equal_number_of_other_classes_does_not_inherit_the_head():

@@ -37,7 +37,10 @@ def test_is_saved_with_outputs_and_without_errors(path):
 
 @every_notebook
 def test_saved_outputs_name_no_folder_of_the_author(path):
-    text = json.dumps([cell["outputs"] for cell in cells_of(path, "code")])
+    outputs = [output for cell in cells_of(path, "code") for output in cell["outputs"]]
+    for output in outputs:  # in a picture's letters anything may stand by chance
+        output["data"] = {kind: data for kind, data in output.get("data", {}).items() if not kind.startswith("image/")}
+    text = json.dumps(outputs)
     places = re.findall(r"(?:/home/|/Users/|/root/|/tmp/|site-packages/)[\w./-]*", text)
     assert not places and str(ROOT) not in text, places
 
