@@ -125,7 +125,7 @@ def our_kept_index(root: Path) -> dict:
             "peak_mb": peak_mb(), "objects": len(index.objects.ids)}  # fmt: skip
 
 
-def first_step(root: Path, began: float, workers: int) -> dict:
+def first_step(root: Path, began: float) -> dict:
     "All that a training does before its first step, from `began` on: imports, data set, model, loader, first batch."
     stages, last = {}, began
 
@@ -133,10 +133,10 @@ def first_step(root: Path, began: float, workers: int) -> dict:
         nonlocal last
         stages[stage], last = time.time() - last, time.time()
 
-    import detr_nb.train  # noqa: F401
     from detr_nb.batching import make_loader
     from detr_nb.coco import open_coco
     from detr_nb.detr import build_detr
+    from detr_nb.train import Config
     from detr_nb.transforms import paper_transform
 
     passed("imports")
@@ -144,7 +144,7 @@ def first_step(root: Path, began: float, workers: int) -> dict:
     passed("data set")
     build_detr(dataset.categories.num_classes)
     passed("model")
-    batch = next(iter(make_loader(dataset, 2, num_workers=workers)))
+    batch = next(iter(make_loader(dataset, Config.batch_size, num_workers=Config.num_workers)))
     passed("first batch")
     return {"seconds": time.time() - began, "cpu": cpu_seconds(), "stages": stages, "held_mb": private_mb(),
             "peak_mb": peak_mb(), "images": len(batch.images)}  # fmt: skip
@@ -227,8 +227,8 @@ def measure(root: Path, workers: int) -> dict:
     for file in root.glob("annotations/*.npz"):
         file.unlink()
     found = {name: in_own_process(name, root) for name in ("pycocotools_index", "our_index", "our_index_with_outlines")}
-    found["first_start"] = in_own_process("first_step", root, time.time(), workers)  # leaves the index beside the file
-    found["later_start"] = in_own_process("first_step", root, time.time(), workers)
+    found["first_start"] = in_own_process("first_step", root, time.time())  # leaves the index beside the file
+    found["later_start"] = in_own_process("first_step", root, time.time())
     found["our_kept_index"] = in_own_process("our_kept_index", root)
     for method in ("fork", "spawn"):
         alone = in_own_process("worker_memory", tiny, workers, "ours", method)

@@ -44,6 +44,7 @@ from detr_nb.coco import (
     ObjectColumns,
     PackedBytes,
     Sample,
+    field,
     integers,
     listed_areas,
     missing_files,
@@ -151,7 +152,7 @@ class PanopticIndex(NamedTuple):
 def read_panoptic_index(path: Path | str) -> PanopticIndex:
     "Read and check a file in COCO's panoptic format; raises DataError."
     path = Path(path)
-    content = read_annotations(path, with_outlines=True)
+    content = read_annotations(path)
     entries = section(content, "annotations", path)
     images = read_image_columns(content, path)
     image_ids = integers(entries, "image_id", "annotations", path)
@@ -163,7 +164,7 @@ def read_panoptic_index(path: Path | str) -> PanopticIndex:
     counts = np.zeros(len(images.ids), dtype=np.int64)
     counts[rows] = [len(segments) for segments in lists]
     segments, offsets = list(chain.from_iterable(lists)), starts(torch.from_numpy(counts))
-    categories = read_categories({"categories": content.get("categories"), "annotations": segments}, path)
+    categories = read_categories(content, field(segments, "category_id"), path)
     ids, objects = read_segments(segments, image_ids.repeat(counts[rows]), categories, offsets, path)
     names = png_names(entries, rows, len(images.ids), path)
     index, is_thing = CocoIndex(images, objects, categories), read_is_thing(content, categories, path)
