@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'COCO_URL', 'ARCHIVES', 'WAITS_S', 'TIMEOUT_S', 'READ_BYTES', 'PIECE_BYTES', 'ENDINGS', 'ORIENTATION',
            'OBJECTS_PER_IMAGE', 'BOX_SIZES', 'Archive', 'DownloadError', 'open_url', 'Remote', 'tag_of', 'probe',
-           'open_from', 'blocks', 'Partial', 'replace_text', 'fetch_piece', 'fetch', 'md5_of', 'verify', 'target_of',
+           'open_from', 'blocks', 'Partial', 'replace_text', 'fetch_piece', 'fetch', 'sha256_of', 'verify', 'target_of',
            'is_same', 'unpack', 'write_member', 'space_needed', 'less_what_is_there', 'require_space', 'note_of',
            'is_unpacked', 'unpack_all', 'get_archive', 'download_coco', 'Look', 'is_whole', 'look_at_image',
            'look_at_images', 'image_findings', 'Checked', 'read_leniently', 'images_only', 'check_split',
@@ -67,7 +67,7 @@ class Archive(NamedTuple):
     path: str  # below the base address
     size: int  # bytes
     unpacked: int  # bytes that its files take on a disk, about
-    md5: str  # empty where none is known
+    sha256: str
 
 
 class DownloadError(RuntimeError):
@@ -76,12 +76,14 @@ class DownloadError(RuntimeError):
 
 COCO_URL = "http://images.cocodataset.org"
 ARCHIVES = {
-    "train": Archive("zips/train2017.zip", 19_336_861_798, 19_700_000_000, "cced6f7f71b7629ddf16f17bbcfab6b2"),
-    "val": Archive("zips/val2017.zip", 815_585_330, 830_000_000, "442b8da7639aecaf257c1dceb8ba8c80"),
-    "annotations": Archive(
-        "annotations/annotations_trainval2017.zip", 252_907_541, 840_000_000, "f4bbac642086de4f52a3fdda2de5fa2c"
-    ),
-    "panoptic": Archive("annotations/panoptic_annotations_trainval2017.zip", 860_725_834, 3_000_000_000, ""),
+    "train": Archive("zips/train2017.zip", 19_336_861_798, 19_700_000_000,
+                     "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929"),
+    "val": Archive("zips/val2017.zip", 815_585_330, 830_000_000,
+                   "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05"),
+    "annotations": Archive("annotations/annotations_trainval2017.zip", 252_907_541, 840_000_000,
+                           "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268"),
+    "panoptic": Archive("annotations/panoptic_annotations_trainval2017.zip", 860_725_834, 3_000_000_000,
+                        "c05f76d2129b6b561eb70efe16e7006df62f73fb92889132d373b9d90e31a370"),
 }
 
 # %% ../nbs/22_coco_tools.ipynb #09dca800
@@ -239,9 +241,9 @@ def fetch(remote: Remote, path: Path, connections: int) -> Path:
     return part.path
 
 # %% ../nbs/22_coco_tools.ipynb #9d1a5af4
-def md5_of(path: Path) -> str:
-    "The MD5 sum of a file."
-    total = hashlib.md5(usedforsecurity=False)
+def sha256_of(path: Path) -> str:
+    "The SHA-256 sum of a file."
+    total = hashlib.sha256()
     bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=f"checking {path.name}", leave=False)
     with bar, path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -251,12 +253,13 @@ def md5_of(path: Path) -> str:
 
 
 def verify(path: Path, archive: Archive) -> None:
-    "Raise DownloadError when a file is not the archive: its size first, then its MD5 sum where one is known."
+    "Raise DownloadError when a file is not the archive: its size first, then its SHA-256 sum."
     size = path.stat().st_size
     if size != archive.size:
         raise DownloadError(f"{path} has {size} bytes, {archive.path} has {archive.size}")
-    if archive.md5 and (found := md5_of(path)) != archive.md5:
-        raise DownloadError(f"{path} has the MD5 sum {found}, {archive.path} has {archive.md5}: its bytes are wrong")
+    if (found := sha256_of(path)) != archive.sha256:
+        raise DownloadError(f"{path} has the SHA-256 sum {found}, {archive.path} has {archive.sha256}: "
+                            "its bytes are wrong")
 
 # %% ../nbs/22_coco_tools.ipynb #31d28079
 def target_of(member: ZipInfo, root: Path) -> Path:

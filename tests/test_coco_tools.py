@@ -130,8 +130,7 @@ def server(monkeypatch):
     known = {}
     for name, archive in coco_tools.ARCHIVES.items():
         data = server.files[f"/{archive.path}"]
-        md5 = hashlib.md5(data).hexdigest() if archive.md5 else ""
-        known[name] = Archive(archive.path, len(data), 2 * len(data), md5)
+        known[name] = Archive(archive.path, len(data), 2 * len(data), hashlib.sha256(data).hexdigest())
     monkeypatch.setattr(coco_tools, "ARCHIVES", known)
     monkeypatch.setattr(coco_tools, "PIECE_BYTES", 1 << 14)
     monkeypatch.setattr(coco_tools, "READ_BYTES", 1 << 12)
@@ -262,20 +261,33 @@ def test_a_file_that_changes_on_the_server_meanwhile_is_noticed(server, tmp_path
         download_coco(tmp_path, what="train", url=server.url, connections=1)
 
 
-@pytest.mark.parametrize("name", ["train", "panoptic"])  # with a known MD5 sum, and without one
-def test_wrong_bytes_are_found_and_nothing_of_them_is_kept(server, tmp_path, name):
-    path = f"/{coco_tools.ARCHIVES[name].path}"
+def spoil_member(server: Server, path: str, member: str) -> bytes:
+    "Turn a bit of a member of an archive on the server; returns the archive as it was."
     good = server.files[path]
-    member = {"train": "train2017/000000000001.jpg", "panoptic": "panoptic_val2017/000000000003.png"}[name]
-    place = good.index(FILES[member])
-    server.files[path] = good[: place + 100] + bytes([good[place + 100] ^ 1]) + good[place + 101 :]
-    said = {"train": r"bytes are wrong\. It is deleted", "panoptic": r"damaged: Bad CRC-32 .*It is deleted"}[name]
-    with pytest.raises(DownloadError, match=said):
-        download_coco(tmp_path, what=name, url=server.url)
-    assert not list(tmp_path.glob("*.zip*")) and not list(tmp_path.rglob("*.jpg"))
-    server.files[path] = good
-    download_coco(tmp_path, what=name, url=server.url)
-    assert tree(tmp_path) == fetched(*{"train": ["train2017"], "panoptic": ["annotations/panoptic", "panoptic"]}[name])
+    place = good.index(FILES[member]) + 100
+    server.files[path] = good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :]
+    return good
+
+
+def test_wrong_bytes_are_found_and_nothing_of_them_is_kept(server, tmp_path):
+    good = spoil_member(server, "/zips/train2017.zip", "train2017/000000000001.jpg")
+    with pytest.raises(DownloadError, match=r"bytes are wrong\. It is deleted"):
+        download_coco(tmp_path, what="train", url=server.url)
+    assert tree(tmp_path) == {}
+    server.files["/zips/train2017.zip"] = good
+    download_coco(tmp_path, what="train", url=server.url)
+    assert tree(tmp_path) == fetched("train2017")
+
+
+def test_a_member_with_another_checksum_than_its_archive_says_is_found(server, tmp_path, monkeypatch):
+    "In the archive within the archive; the sum of the whole is right."
+    archive = coco_tools.ARCHIVES["panoptic"]
+    spoil_member(server, f"/{archive.path}", "panoptic_val2017/000000000003.png")
+    wrong = hashlib.sha256(server.files[f"/{archive.path}"]).hexdigest()
+    monkeypatch.setitem(coco_tools.ARCHIVES, "panoptic", archive._replace(sha256=wrong))
+    with pytest.raises(DownloadError, match=r"damaged: Bad CRC-32 .*It is deleted"):
+        download_coco(tmp_path, what="panoptic", url=server.url)
+    assert not list(tmp_path.glob("*.zip*")) and not list(tmp_path.rglob("*.png*"))
 
 
 def test_a_page_in_the_place_of_the_archive_is_refused_before_it_is_fetched(server, tmp_path):
