@@ -132,7 +132,7 @@ FAKES = {
     "srun": """
 echo "srun $*" >> "$CALLS"
 trap 'echo "task got USR1" >> "$CALLS"; exit 75' USR1
-trap 'echo "task got TERM" >> "$CALLS"; exit 75' TERM
+trap 'echo "tasks were killed" >> "$CALLS"; exit 137' TERM
 echo up > "$UP"
 [ "$CODE" = wait ] || exit "$CODE"
 for _ in $(seq 300); do sleep 0.1; done
@@ -141,7 +141,10 @@ for _ in $(seq 300); do sleep 0.1; done
 
 
 class Slurm:
-    "A cluster of one machine: the script, with an srun and a scontrol that only write down how they were called."
+    """A cluster of one machine: the script, with an srun and a scontrol that only write down how they were called.
+
+    As the real one does, srun passes SIGUSR1 on, and kills its tasks when it gets SIGTERM ("forcing job termination").
+    """
 
     def __init__(self, folder: Path):
         self.folder, self.calls, self.up = folder, folder / "calls", folder / "up"
@@ -178,8 +181,8 @@ def test_a_signal_reaches_the_program_and_the_job_is_queued_again(slurm, name):
     assert job.returncode == 75, output
     assert "python -m detr_nb.train" in started and "--resume auto --coco_path data/two words" in started
     assert "--output_dir runs/detr-4242" in started, "the same folder after a requeue, since the job keeps its number"
-    assert (told, queued) == (f"task got {name}", "scontrol requeue 4242")
-    assert f"passing SIG{name} on" in output and "asks to be queued again" in output
+    assert (told, queued) == ("task got USR1", "scontrol requeue 4242")
+    assert f"got SIG{name}: the program finishes its step" in output and "asks to be queued again" in output
 
 
 @pytest.mark.parametrize("code", [0, 1, 137])

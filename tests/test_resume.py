@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 
 from detr_nb.checkpoints import CHECKPOINT, PREVIOUS
 from detr_nb.shapes import write_shapes
+from detr_nb.train import lock
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -33,22 +35,30 @@ def shapes(tmp_path_factory) -> Path:
     return write_shapes(tmp_path_factory.mktemp("data") / "shapes", num_train=64, num_val=8, num_workers=1)
 
 
-def start(shapes: Path, folder: Path, *arguments: object, **environ: object) -> subprocess.Popen:
-    "Start a process of a run, alone in its process group."
+MODULE = ("-m", "detr_nb.train")
+
+
+def start(
+    shapes: Path, folder: Path, *arguments: object, program: Sequence[object] = MODULE, **environ: object
+) -> subprocess.Popen:
+    "Start a process of a run, or its launcher, alone in its process group."
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     environ = inherited | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in environ.items()}
-    command = [sys.executable, "-m", "detr_nb.train", "--shapes_path", shapes, "--output_dir", folder, *SMALL]
+    command = [sys.executable, *program, "--shapes_path", shapes, "--output_dir", folder, *SMALL]
     with open(folder.with_name(folder.name + ".out"), "a") as output:
         return subprocess.Popen(list(map(str, [*command, *arguments])), cwd=ROOT, env=environ, stdout=output,
                                 stderr=output, start_new_session=True)
 
 
-def start_pair(shapes: Path, folder: Path, *arguments: object) -> list[subprocess.Popen]:
+def start_pair(
+    shapes: Path, folder: Path, *arguments: object, program: Sequence[object] = MODULE
+) -> list[subprocess.Popen]:
     "Start a run of two processes, as a launcher would, but without one: whoever is killed, nobody else interferes."
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         together = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": probe.getsockname()[1]}
-    return [start(shapes, folder, *PAIR, *arguments, RANK=rank, LOCAL_RANK=rank, **together) for rank in range(2)]
+    pair = [{"RANK": rank, "LOCAL_RANK": rank, **together} for rank in range(2)]
+    return [start(shapes, folder, *PAIR, *arguments, program=program, **environ) for environ in pair]
 
 
 def finish(*processes: subprocess.Popen, folder: Path) -> str:
@@ -65,20 +75,24 @@ def end(process: subprocess.Popen, number: signal.Signals) -> int:
     return process.wait(timeout=60)
 
 
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen | None = None, seconds: float = 120) -> None:
+    "Wait for something to come true, while a process runs."
+    until = time.monotonic() + seconds
+    while not condition():
+        assert process is None or process.poll() is None, "the run ended"
+        assert time.monotonic() < until, "it does not come true"
+        time.sleep(0.002)
+
+
 def wait_for_steps(process: subprocess.Popen, folder: Path, lines: int) -> None:
     "Wait until a run has logged so many steps."
-    until = time.monotonic() + 120
-    while not (folder / "steps.jsonl").exists() or len((folder / "steps.jsonl").read_text().splitlines()) < lines:
-        assert process.poll() is None and time.monotonic() < until, "the run ended, or is stuck"
-        time.sleep(0.01)
+    path = folder / "steps.jsonl"
+    wait_until(lambda: path.exists() and len(path.read_text().splitlines()) >= lines, process)
 
 
 def wait_for_newer(process: subprocess.Popen, path: Path, began: float) -> None:
     "Wait until a running process has written a file; one that an earlier process left there does not count."
-    until = began + 120
-    while not path.exists() or path.stat().st_mtime <= began:
-        assert process.poll() is None and time.time() < until, "the run ended, or is stuck"
-        time.sleep(0.001)
+    wait_until(lambda: path.exists() and path.stat().st_mtime > began, process)
 
 
 def same_runs(ours: Path, theirs: Path) -> None:
@@ -115,6 +129,98 @@ def test_a_run_that_is_asked_to_stop_saves_says_so_by_its_exit_code_and_goes_on_
     assert state["epoch"] >= 0 and state["batch"] > 0  # inside an epoch
     finish(start(shapes, tmp_path / "run", *arguments), folder=tmp_path / "run")
     same_runs(tmp_path / "run", alone)
+
+
+SLOW_EVALUATION = """
+import os, sys, time
+from detr_nb import train
+evaluate = train.evaluate
+def evaluate_slowly(model, batches, *others):
+    def slowly():
+        for batch in batches:
+            yield batch
+            print("a batch on rank", os.environ["RANK"], flush=True)
+            time.sleep(1)
+    return evaluate(model, slowly(), *others)
+train.evaluate = evaluate_slowly
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("asked", [(0,), (0, 1)], ids=["rank 0", "both"])
+def test_an_evaluation_ends_between_two_batches_and_is_done_again(asked, shapes, tmp_path):
+    "Of two processes, each with two batches of two images; the whole of it would take two seconds and more."
+    folder, program = tmp_path / "run", tmp_path / "slow.py"
+    program.write_text(SLOW_EVALUATION)
+    few = ["--batch_size", "2", "--epochs", "1", "--limit_train", "8"]
+    processes = start_pair(shapes, folder, *few, program=[program])
+    said = folder.with_name("run.out")
+    wait_until(lambda: all(f"a batch on rank {rank}" in said.read_text() for rank in (0, 1)), processes[0])
+    for rank in asked:
+        processes[rank].send_signal(signal.SIGUSR1)
+    assert [process.wait(timeout=30) for process in processes] == [REQUEUE] * 2, said.read_text()
+    for rank in (0, 1):  # who is not asked comes to its own end
+        assert said.read_text().count(f"a batch on rank {rank}") == (1 if rank in asked else 2)
+    assert not (folder / "log.txt").exists()
+    finish(*start_pair(shapes, folder, *few), folder=folder)
+    finish(*start_pair(shapes, tmp_path / "undisturbed", *few), folder=tmp_path / "undisturbed")
+    same_runs(folder, tmp_path / "undisturbed")
+
+
+def children_of(parent: subprocess.Popen) -> list[int]:
+    "The numbers of the processes that a process has started."
+    return [int(word) for word in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()]
+
+
+def is_running(number: int) -> bool:
+    "Whether there is such a process; one that has ended and that nobody has asked about does not count."
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "detr_nb.train"]
+ACCELERATE = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/one_cpu.yaml", "-m",
+              "detr_nb.train"]  # fmt: skip
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are found with Linux's /proc")
+@pytest.mark.parametrize(
+    ("program", "number", "arguments"),
+    [
+        pytest.param(TORCHRUN, signal.SIGKILL, PAIR, id="torchrun is killed"),
+        pytest.param(TORCHRUN, signal.SIGUSR1, PAIR, id="torchrun gets SIGUSR1", marks=pytest.mark.slow),
+        pytest.param(ACCELERATE, signal.SIGTERM, ["--batch_size", 8, "--epochs", 3], id="accelerate gets SIGTERM"),
+    ],
+)
+def test_whose_launcher_ends_saves_and_ends_too(program, number, arguments, shapes, tmp_path):
+    "The signal comes to the launcher alone, which does not pass it on."
+    folder = tmp_path / "run"
+    launcher = start(shapes, folder, *arguments, program=program)
+    wait_for_steps(launcher, folder, 3)
+    orphans = children_of(launcher)
+    launcher.send_signal(number)
+    launcher.wait(timeout=30)
+    wait_until(lambda: not any(map(is_running, orphans)), seconds=30)
+    said = folder.with_name("run.out").read_text()
+    assert said.count("asked to stop: saved after batch") == 1, said
+    assert len(orphans) == (2 if program is TORCHRUN else 1)
+
+
+def test_a_folder_that_a_run_writes_to_is_refused_to_another(shapes, tmp_path):
+    process = start(shapes, tmp_path / "run", "--batch_size", 8)
+    wait_for_steps(process, tmp_path / "run", 1)
+    before = (tmp_path / "run/steps.jsonl").read_bytes()
+    process.send_signal(signal.SIGSTOP)  # it goes on, and is not about to end
+    try:
+        with pytest.raises(ValueError, match=f"belongs to a run that is going on, process {process.pid} on "):
+            lock(tmp_path / "run", patience_s=0.1)
+        assert (tmp_path / "run/steps.jsonl").read_bytes().startswith(before)
+    finally:
+        process.kill()
+        process.wait()
+    lock(tmp_path / "run", patience_s=5)
 
 
 def test_the_one_before_is_used_when_the_newest_is_torn(alone, shapes, tmp_path):
