@@ -4,7 +4,8 @@
     python tools/chapter.py --export-only 02_boxes   # sync and export, do not execute
     python tools/chapter.py --flags slow -- 18_train # also run the cells marked `#| slow`
 
-Cells whose flag is not named keep the outputs they were saved with.
+Cells whose flag is not named keep the outputs they were saved with. `slow` cells read runs that `make test-slow`
+trains; `external` ones need images that are not part of the project.
 """
 import argparse
 import json
@@ -88,7 +89,7 @@ def bring_up_to_date(name: str, flags: tuple[str, ...], export_only: bool) -> No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("chapters", nargs="+", help="notebook names, with or without the folder and the ending")
-    parser.add_argument("--flags", nargs="*", default=(), help="also run cells with these flags (slow, gpu, dist)")
+    parser.add_argument("--flags", nargs="*", default=(), help="also run cells with these flags (slow, external)")
     parser.add_argument("--export-only", action="store_true", help="do not execute")
     args = parser.parse_args()
     names = [Path(name).stem for name in args.chapters]
