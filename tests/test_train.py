@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -277,3 +278,51 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_images(shape
     report = json.loads((tmp_path / "not_finite-0.json").read_text())
     assert report["step"] == 1 and len(report["image_ids"]) == 8 and len(report["boxes"]) == sum(report["counts"])
     assert report["first_not_finite"].startswith(("the output of", "the parameter")) and report["last_losses"]
+
+
+BAD_GRADIENT = """
+import sys
+from detr_nb import train
+whole = train.batch_losses
+def broken(model, *others):
+    losses = whole(model, *others)
+    return losses | {"loss": losses["loss"] + (0 * next(model.parameters()).sum()).sqrt()}
+train.batch_losses = broken
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("flag", [[], ["--detect_anomaly"]], ids=["by itself", "with --detect_anomaly"])
+def test_a_gradient_that_is_not_finite_is_traced(flag, shapes, tmp_path):
+    "The root of nothing has an infinite slope: the loss looks well, and the gradient, infinity times zero, does not."
+    program, folder = tmp_path / "broken.py", tmp_path / "run"
+    program.write_text(BAD_GRADIENT)
+    arguments = ["--shapes_path", shapes, "--output_dir", folder, *SMALL, "--pretrain_epochs", "0", *flag]
+    result = launch(*arguments, launcher=[sys.executable, str(program)], check=False)
+    assert result.returncode != 0
+    if flag:
+        assert "Function 'MulBackward0' returned nan values" in result.stderr
+    else:
+        report = json.loads((folder / "not_finite-0.json").read_text())
+        assert report["first_not_finite"].startswith("the gradient of ") and "Traceback" not in result.stderr
+
+
+def test_tensorboard_gets_rates_losses_of_each_layer_speed_and_memory(shapes, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    few = ["--limit_train", 24, "--limit_val", 4, "--batch_size", 8, "--pretrain_epochs", 0]
+    launch("--shapes_path", shapes, "--output_dir", tmp_path, *SMALL, *few, "--report_to", "tensorboard")
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    layers = {f"step/{name}{layer}" for name in ("loss_ce", "loss_bbox", "loss_giou") for layer in ("", "_0")}
+    speed = {f"step/{name}" for name in ("data_time", "step_time", "images_per_second", "memory_mb")}
+    tags = set(events.Tags()["scalars"])
+    assert tags >= layers | speed | {"step/lr", "step/grad_norm", "step/loss", "train_loss", "test_loss"}
+    logged = {event.step: event.value for event in events.Scalars("step/loss")}
+    assert logged == pytest.approx({line["step"]: line["loss"] for line in steps(tmp_path)}, rel=1e-5)
+    assert all(event.value > 0 for event in events.Scalars("step/images_per_second"))
+
+
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed here")
+def test_a_tracker_that_is_not_installed_is_named(shapes, tmp_path):
+    result = launch("--shapes_path", shapes, "--output_dir", tmp_path, *SMALL, "--report_to", "wandb", check=False)
+    assert result.returncode != 0 and "pip install wandb" in result.stderr and "Traceback" not in result.stderr
