@@ -33,10 +33,11 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
+from io import StringIO
 from itertools import count, dropwhile, takewhile
 from pathlib import Path
 from typing import Literal, TextIO
@@ -355,7 +356,9 @@ def parse_config(argv: list[str]) -> Config:
     told["resume"] = find_checkpoint(told)
     check_mask_flags("masks" in told or bool(told["resume"]), told.get("frozen_weights", ""))
     default = default_config(told)
-    config = tyro.cli(Config, args=argv, default=default, prog="detr_nb.train", use_underscores=True)
+    out, err = (sys.stdout, sys.stderr) if is_main() else (StringIO(), StringIO())  # help and errors: once
+    with redirect_stdout(out), redirect_stderr(err):
+        config = tyro.cli(Config, args=argv, default=default, prog="detr_nb.train", use_underscores=True)
     check_flags(config)
     return replace(config, resume=told["resume"])
 
@@ -1439,9 +1442,10 @@ def fit(run: Run) -> None:
 # %% ../nbs/18_train.ipynb #a25283cd
 def train_or_evaluate(argv: list[str]) -> None:
     "What the command line asks for, with all processes that were started together."
-    config = parse_config(argv)
-    with stage("meeting the other processes"):
-        process = start(config.device)
+    with stage("meeting the other processes"):  # first, so that what is wrong with the command is said once
+        process = start(peek(argv, "device").get("device", "auto"))
+    with stage("reading the settings"):
+        config = parse_config(argv)
     set_threads(process.local_world_size)
     if len(found := set(gather_objects(config.resume))) > 1:
         raise ValueError(f"the processes see different checkpoints: {sorted(found)}; is the folder on a shared disk?")

@@ -241,6 +241,16 @@ def test_one_process_under_accelerate_uses_all_cores(shapes, tmp_path):
     assert f"{len(os.sched_getaffinity(0))} threads" in result.stdout
 
 
+def test_what_is_wrong_with_a_command_is_said_once_by_all_processes_together(tmp_path):
+    for arguments, words in (
+        (["--lr", "fast"], "could not convert string to float: 'fast'"),
+        (["--finetune", "nothing.pth"], "nothing.pth: there is no such file"),
+        (["--coco_path", "nowhere"], "no such folder: nowhere"),
+    ):
+        result = launch(*arguments, "--device", "cpu", "--no_pretrained", launcher=TORCHRUN, check=False)
+        assert result.returncode != 0 and (result.stdout + result.stderr).count(words) == 1, result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
