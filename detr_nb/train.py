@@ -31,6 +31,7 @@ import signal
 import socket
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -1464,6 +1465,7 @@ def train_or_evaluate(argv: list[str]) -> None:
 def main(argv: list[str] | None = None) -> None:
     "Start the processes' group, train or evaluate as the command line asks, and leave the group."
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1x1 convolutions, where any stride is right
     try:
         with fail_together(), plain_errors():
             train_or_evaluate(sys.argv[1:] if argv is None else argv)

@@ -180,9 +180,8 @@ def is_running(number: int) -> bool:
         return False
 
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "detr_nb.train"]
-ACCELERATE = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/one_cpu.yaml", "-m",
-              "detr_nb.train"]  # fmt: skip
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *MODULE]
+ACCELERATE = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/one_cpu.yaml", *MODULE]
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are found with Linux's /proc")
@@ -297,6 +296,18 @@ def test_ten_kills_at_random_moments_leave_no_trace(pair, shapes, tmp_path):
         assert all(process.wait(timeout=30) for process in processes)
     said = finish(*start_pair(shapes, folder), folder=folder)
     assert while_saving >= 3 and said.count("going on at batch") == 10
+    same_runs(folder, pair)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are found with Linux's /proc")
+def test_torchrun_starts_a_fallen_run_again(pair, shapes, tmp_path):
+    folder, began = tmp_path / "run", time.time()
+    launcher = start(shapes, folder, *PAIR, "--save_every", 1, program=[*TORCHRUN[:-2], "--max_restarts=2", *MODULE])
+    wait_for_newer(launcher, folder / CHECKPOINT, began)
+    os.kill(children_of(launcher)[1], signal.SIGKILL)
+    said = finish(launcher, folder=folder)
+    assert said.count("going on at batch") == 1
     same_runs(folder, pair)
 
 
