@@ -493,7 +493,7 @@ if msgspec:
         annotations: list[PlainAnnotation]
         categories: list[dict]
 
-
+# %% ../nbs/05_coco.ipynb #ddf42203
 def read_plain(data: bytes) -> tuple[dict, Listed] | None:
     "The fast way: images, categories and the columns of annotations; None for a file that is not `PlainFile`."
     if msgspec is None or has_list_twice(data):

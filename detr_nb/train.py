@@ -570,7 +570,7 @@ def set_aside(folder: Path) -> None:
         shutil.move(path, older / path.name)
     logger.warning("%s held another run, which is in %s now; to go on with it, use --resume", folder, older)
 
-
+# %% ../nbs/18_train.ipynb #ca82614d
 LOCKS: dict[Path, TextIO] = {}  # on the folders that this process writes to
 
 
@@ -612,7 +612,7 @@ def try_lock(file: TextIO) -> bool:
         logger.debug("%s cannot be locked: %s", file.name, error)
     return True
 
-
+# %% ../nbs/18_train.ipynb #b23c6535
 def write_config(folder: Path, config: Config) -> None:
     "Write `config.yaml`: every field, one a line, and the version of the code."
     lines = [f"{name}: {json.dumps(value)}" for name, value in asdict(config).items()]
