@@ -69,7 +69,7 @@ from detr_nb.checkpoints import (
     save_checkpoint,
     settings_changed,
 )
-from .coco import CocoDataset, open_coco, quick_check
+from .coco import CocoDataset, DataWarning, open_coco, quick_check
 from .criterion import SetCriterion, matched_queries
 from .detr import DETR, Predictions, build_detr
 from detr_nb.distributed import (
@@ -367,11 +367,12 @@ def parse_config(argv: list[str]) -> Config:
 def open_data(config: Config, process: Process) -> tuple[CocoDataset, CocoDataset]:
     "The training and the validation set of a run; the embedded set is drawn first when it is not there."
     root = Path(config.shapes_path)
-    if config.embedded:
-        if process.is_main and not (root / "shapes.json").exists():  # a smaller set drawn by hand stays as it is
-            write_shapes(root)
+    for main_has_the_turn in (True, False):
+        if process.is_main == main_has_the_turn:
+            if config.embedded and not (root / "shapes.json").exists():  # a smaller set drawn by hand stays as it is
+                write_shapes(root)
+            train, val = open_split(config, "train"), open_split(config, "val")
         barrier()
-    train, val = open_split(config, "train"), open_split(config, "val")
     if train.categories != val.categories:
         raise ValueError(
             f"{train.annotations} and {val.annotations} list different categories; make the two lists equal"
@@ -1448,6 +1449,8 @@ def train_or_evaluate(argv: list[str]) -> None:
     with stage("reading the settings"):
         config = parse_config(argv)
     set_threads(process.local_world_size)
+    if not process.is_main:
+        warnings.simplefilter("ignore", DataWarning)  # rank 0 says it
     if len(found := set(gather_objects(config.resume))) > 1:
         raise ValueError(f"the processes see different checkpoints: {sorted(found)}; is the folder on a shared disk?")
     run = prepare(config, process)
