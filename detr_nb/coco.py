@@ -12,7 +12,7 @@ __all__ = ['LISTS', 'KEEP_FROM', 'KEPT_FORMAT', 'SPLIT_NAMES', 'Sample', 'DataEr
            'read_index', 'kept_file', 'save_index', 'load_index', 'sum_of', 'open_index', 'decode_with_pil',
            'read_image', 'wrong_size', 'read_sample', 'missing_files', 'require_files', 'annotations_of',
            'to_pycocotools', 'IndexView', 'CocoDataset', 'annotation_files', 'find_split', 'open_coco', 'runs_of',
-           'check_runs', 'sound_polygons', 'to_run_length', 'has_outline', 'read_outlines', 'decode_outlines',
+           'check_runs', 'sound_polygons', 'to_run_length', 'has_outline', 'check_outlines', 'decode_outlines',
            'Finding', 'index_findings', 'quick_check']
 
 # %% ../nbs/05_coco.ipynb #ba3f9906
@@ -487,25 +487,36 @@ if msgspec:
         area: float
         iscrowd: int = 0
 
+    class OutlinedAnnotation(PlainAnnotation, kw_only=True, gc=False):
+        "The same where masks are wanted."
+        segmentation: msgspec.Raw  # the text itself
+
     class PlainFile(TypedDict):
         "A file with nothing unusual in it."
         images: list[PlainImage]
         annotations: list[PlainAnnotation]
         categories: list[dict]
 
+    class OutlinedFile(PlainFile):
+        "The same where masks are wanted."
+        annotations: list[OutlinedAnnotation]
+
 # %% ../nbs/05_coco.ipynb #ddf42203
-def read_plain(data: bytes) -> tuple[dict, Listed] | None:
-    "The fast way: images, categories and the columns of annotations; None for a file that is not `PlainFile`."
+def read_plain(data: bytes, with_masks: bool = False) -> tuple[dict, Listed, list[bytes]] | None:
+    "Images and categories, annotations as columns, and their outlines if wanted; None for a file that is not plain."
     if msgspec is None or has_list_twice(data):
         return None
     try:
         data.isascii() or data.decode()  # msgspec does not look at text that it walks over
-        content = msgspec.json.decode(data, type=PlainFile)
-        listed = to_columns(content.pop("annotations"))
+        content = msgspec.json.decode(data, type=OutlinedFile if with_masks else PlainFile)
+        annotations = content.pop("annotations")
+        listed = to_columns(annotations)
     except (ValueError, OverflowError, RecursionError):  # msgspec's errors are ValueErrors
         return None
     usual = (listed.areas >= 0) & (listed.areas < 1e300)
-    return (content, listed) if len(usual) and usual.all() else None
+    if not (len(usual) and usual.all()):
+        return None
+    return content, listed, [bytes(annotation.segmentation) for annotation in annotations] if with_masks else []
 
 
 def to_columns(annotations: "list[PlainAnnotation]") -> Listed:
@@ -523,10 +534,10 @@ def to_columns(annotations: "list[PlainAnnotation]") -> Listed:
 # %% ../nbs/05_coco.ipynb #b0393c59
 def read_objects(
     listed: Listed,
-    entries: list[dict],  # the same as dictionaries; needed for masks, and where an area is missing
+    entries: list[dict],  # the same as dictionaries; needed where an area is missing
+    outlines: list[bytes],  # of all annotations as JSON, or none
     images: ImageColumns,
     categories: Categories,
-    with_masks: bool,
     path: Path,
 ) -> ObjectColumns:
     "The sound annotations as columns, sorted by image."
@@ -536,13 +547,14 @@ def read_objects(
     labels = rows_of(category_ids, np.array(categories.ids), ids, "category_id", path)
     sizes = images.sizes.numpy()[rows]
     keep = keep_sound(boxes, sizes, crowd, ids, path)
-    outlines = read_outlines(entries, sizes, keep, ids, path) if with_masks else None
+    if outlines:
+        check_outlines(outlines, sizes, keep, ids, path)
     areas = fill_areas(areas, entries, boxes, sizes, ids, path)
     order = np.flatnonzero(keep)
     order = order[np.argsort(rows[order], kind="stable")]
     columns = [torch.from_numpy(column[order]) for column in (ids, labels, boxes, areas, crowd)]
     offsets = starts(torch.from_numpy(np.bincount(rows[order], minlength=len(images.ids))))
-    packed = None if outlines is None else PackedBytes.pack([outlines[i] for i in order.tolist()])
+    packed = PackedBytes.pack([outlines[i] for i in order.tolist()]) if outlines else None
     return ObjectColumns(*columns, offsets, packed)
 
 # %% ../nbs/05_coco.ipynb #357ed60c
@@ -551,15 +563,16 @@ def read_index(path: Path | str, with_masks: bool = False, data: bytes | None = 
     "Read and check a COCO annotation file, or its `data`, in one pass; raises DataError, warns with DataWarning."
     path, entries = Path(path), []
     data = read_bytes(path) if data is None else data
-    if not with_masks and (plain := read_plain(data)):
-        content, listed = plain
+    if plain := read_plain(data, with_masks):
+        content, listed, outlines = plain
     else:
-        content = read_annotations(path, data)
-        entries, listed = section(content, "annotations", path), None
+        content, listed = read_annotations(path, data), None
+        entries = section(content, "annotations", path)
+        outlines = [json.dumps(outline).encode() for outline in field(entries, "segmentation")] if with_masks else []
     used = field(entries, "category_id") if listed is None else listed.category_ids
     categories, images = read_categories(content, used, path), read_image_columns(content, path)
     listed = list_annotations(entries, path) if listed is None else listed
-    return CocoIndex(images, read_objects(listed, entries, images, categories, with_masks, path), categories)
+    return CocoIndex(images, read_objects(listed, entries, outlines, images, categories, path), categories)
 
 # %% ../nbs/05_coco.ipynb #065c6b1a
 KEEP_FROM = 1 << 26  # bytes: the index of an annotation file of this size or more is kept beside it
@@ -939,11 +952,11 @@ def has_outline(segmentation: Any, height: int, width: int) -> bool:
     return True
 
 # %% ../nbs/05_coco.ipynb #9faa9982
-def read_outlines(
-    entries: list[dict], sizes: np.ndarray, keep: np.ndarray, ids: np.ndarray, path: Path
-) -> list[bytes]:
-    "Each annotation's segmentation as JSON; takes those without a usable one out of `keep`, with a warning."
-    usable = np.array([has_outline(entry.get("segmentation"), h, w) for entry, (h, w) in zip(entries, sizes.tolist())])
+def check_outlines(
+    outlines: list[bytes], sizes: np.ndarray, keep: np.ndarray, ids: np.ndarray, path: Path
+) -> None:
+    "Take annotations without a usable outline out of `keep`, with a warning; raises DataError when none has one."
+    usable = np.array([has_outline(json.loads(outline), h, w) for outline, (h, w) in zip(outlines, sizes.tolist())])
     lost = keep & ~usable
     if lost.any():
         warnings.warn(f"{path}: skipped {lost.sum()} of {len(ids)} annotations without a usable outline "
@@ -951,7 +964,6 @@ def read_outlines(
     keep &= usable
     if not keep.any():
         raise DataError(f"{path}: no annotation has a usable 'segmentation'; masks cannot be learned from this file")
-    return [json.dumps(entry.get("segmentation")).encode() for entry in entries]
 
 # %% ../nbs/05_coco.ipynb #0aef7894
 def decode_outlines(
