@@ -51,14 +51,15 @@ def start(
 
 
 def start_pair(
-    shapes: Path, folder: Path, *arguments: object, program: Sequence[object] = MODULE
+    shapes: Path, folder: Path, *arguments: object, program: Sequence[object] = MODULE, **environ: object
 ) -> list[subprocess.Popen]:
     "Start a run of two processes, as a launcher would, but without one: whoever is killed, nobody else interferes."
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         together = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": probe.getsockname()[1]}
+    together |= environ
     pair = [{"RANK": rank, "LOCAL_RANK": rank, **together} for rank in range(2)]
-    return [start(shapes, folder, *PAIR, *arguments, program=program, **environ) for environ in pair]
+    return [start(shapes, folder, *PAIR, *arguments, program=program, **own) for own in pair]
 
 
 def finish(*processes: subprocess.Popen, folder: Path) -> str:
@@ -131,33 +132,35 @@ def test_a_run_that_is_asked_to_stop_saves_says_so_by_its_exit_code_and_goes_on_
     same_runs(tmp_path / "run", alone)
 
 
-SLOW_EVALUATION = """
+HELD_EVALUATION = """
 import os, sys, time
 from detr_nb import train
 evaluate = train.evaluate
-def evaluate_slowly(model, batches, *others):
-    def slowly():
+def evaluate_held(model, batches, *others):
+    def held():
         for batch in batches:
             yield batch
             print("a batch on rank", os.environ["RANK"], flush=True)
-            time.sleep(1)
-    return evaluate(model, slowly(), *others)
-train.evaluate = evaluate_slowly
+            while not os.path.exists(os.environ["GO"]):
+                time.sleep(0.01)
+    return evaluate(model, held(), *others)
+train.evaluate = evaluate_held
 train.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("asked", [(0,), (0, 1)], ids=["rank 0", "both"])
+@pytest.mark.parametrize("asked", [(0,), pytest.param((0, 1), marks=pytest.mark.slow)], ids=["rank 0", "both"])
 def test_an_evaluation_ends_between_two_batches_and_is_done_again(asked, shapes, tmp_path):
-    "Of two processes, each with two batches of two images; the whole of it would take two seconds and more."
-    folder, program = tmp_path / "run", tmp_path / "slow.py"
-    program.write_text(SLOW_EVALUATION)
+    "Of two processes, each with two batches of two images; they wait after the first until the signal was sent."
+    folder, program, go = tmp_path / "run", tmp_path / "slow.py", tmp_path / "go"
+    program.write_text(HELD_EVALUATION)
     few = ["--batch_size", "2", "--epochs", "1", "--limit_train", "8"]
-    processes = start_pair(shapes, folder, *few, program=[program])
+    processes = start_pair(shapes, folder, *few, program=[program], GO=go)
     said = folder.with_name("run.out")
     wait_until(lambda: all(f"a batch on rank {rank}" in said.read_text() for rank in (0, 1)), processes[0])
     for rank in asked:
         processes[rank].send_signal(signal.SIGUSR1)
+    go.touch()
     assert [process.wait(timeout=30) for process in processes] == [REQUEUE] * 2, said.read_text()
     for rank in (0, 1):  # who is not asked comes to its own end
         assert said.read_text().count(f"a batch on rank {rank}") == (1 if rank in asked else 2)
