@@ -80,6 +80,7 @@ from detr_nb.distributed import (
     gather_objects,
     get_logger,
     is_main,
+    read_launcher,
     reduce_mean,
     reduce_sum,
     set_threads,
@@ -357,8 +358,8 @@ def parse_config(argv: list[str]) -> Config:
     told["resume"] = find_checkpoint(told)
     check_mask_flags("masks" in told or bool(told["resume"]), told.get("frozen_weights", ""))
     default = default_config(told)
-    out, err = (sys.stdout, sys.stderr) if is_main() else (StringIO(), StringIO())  # help and errors: once
-    with redirect_stdout(out), redirect_stderr(err):
+    first = read_launcher(os.environ).rank == 0  # help and errors come once
+    with redirect_stdout(sys.stdout if first else StringIO()), redirect_stderr(sys.stderr if first else StringIO()):
         config = tyro.cli(Config, args=argv, default=default, prog="detr_nb.train", use_underscores=True)
     check_flags(config)
     return replace(config, resume=told["resume"])
@@ -1444,10 +1445,15 @@ def fit(run: Run) -> None:
 # %% ../nbs/18_train.ipynb #a25283cd
 def train_or_evaluate(argv: list[str]) -> None:
     "What the command line asks for, with all processes that were started together."
-    with stage("meeting the other processes"):  # first, so that what is wrong with the command is said once
-        process = start(peek(argv, "device").get("device", "auto"))
-    with stage("reading the settings"):
+    config, trouble = None, None
+    try:
         config = parse_config(argv)
+    except (ValueError, SystemExit) as error:
+        trouble = error
+    with stage("meeting the other processes"):
+        process = start(config.device if config else "auto")
+    if trouble:  # now that all are together, it is said once
+        raise trouble
     set_threads(process.local_world_size)
     if not process.is_main:
         warnings.simplefilter("ignore", DataWarning)  # rank 0 says it
