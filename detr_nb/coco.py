@@ -566,12 +566,12 @@ def read_index(path: Path | str, with_masks: bool = False, data: bytes | None = 
     if plain := read_plain(data, with_masks):
         content, listed, outlines = plain
     else:
-        content, listed = read_annotations(path, data), None
+        content = read_annotations(path, data)
         entries = section(content, "annotations", path)
+        listed = list_annotations(entries, path)
         outlines = [json.dumps(outline).encode() for outline in field(entries, "segmentation")] if with_masks else []
-    used = field(entries, "category_id") if listed is None else listed.category_ids
-    categories, images = read_categories(content, used, path), read_image_columns(content, path)
-    listed = list_annotations(entries, path) if listed is None else listed
+    categories = read_categories(content, listed.category_ids, path)
+    images = read_image_columns(content, path)
     return CocoIndex(images, read_objects(listed, entries, outlines, images, categories, path), categories)
 
 # %% ../nbs/05_coco.ipynb #065c6b1a
@@ -613,12 +613,17 @@ def load_index(digest: str, file: Path) -> tuple[CocoIndex, list[str]] | None:
     return CocoIndex(images, objects, Categories(tuple(about["names"]), tuple(about["ids"]))), about["said"]
 
 # %% ../nbs/05_coco.ipynb #5352cf8c
-def sum_of(path: Path) -> str:
+def sum_of(
+    path: Path,
+    progress: Callable[[int], Any] | None = None,  # told how many bytes each part had
+) -> str:
     "The SHA-256 sum of a file, read in small parts."
     total = hashlib.sha256()
     with path.open("rb") as file:
         while part := file.read(1 << 20):
             total.update(part)
+            if progress:
+                progress(len(part))
     return total.hexdigest()
 
 

@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['logger', 'COCO_URL', 'ARCHIVES', 'WAITS_S', 'TIMEOUT_S', 'READ_BYTES', 'PIECE_BYTES', 'ENDINGS', 'ORIENTATION',
            'OBJECTS_PER_IMAGE', 'BOX_SIZES', 'Archive', 'DownloadError', 'open_url', 'Remote', 'tag_of', 'probe',
-           'open_from', 'blocks', 'Partial', 'replace_text', 'fetch_piece', 'fetch', 'sha256_of', 'verify', 'target_of',
-           'is_same', 'unpack', 'write_member', 'space_needed', 'less_what_is_there', 'require_space', 'note_of',
-           'is_unpacked', 'unpack_all', 'get_archive', 'download_coco', 'Look', 'is_whole', 'look_at_image',
-           'look_at_images', 'image_findings', 'Checked', 'read_leniently', 'images_only', 'check_split',
-           'compare_splits', 'histogram', 'range_names', 'distributions', 'by_name', 'text_bars', 'columns_of',
-           'write_report', 'draw_report', 'check_coco', 'coco_command']
+           'open_from', 'blocks', 'Partial', 'replace_text', 'fetch_piece', 'fetch', 'verify', 'target_of', 'is_same',
+           'unpack', 'write_member', 'space_needed', 'less_what_is_there', 'require_space', 'note_of', 'is_unpacked',
+           'unpack_all', 'get_archive', 'download_coco', 'Look', 'is_whole', 'look_at_image', 'look_at_images',
+           'image_findings', 'Checked', 'read_leniently', 'images_only', 'check_split', 'compare_splits', 'histogram',
+           'range_names', 'distributions', 'by_name', 'text_bars', 'columns_of', 'write_report', 'draw_report',
+           'check_coco', 'coco_command']
 
 # %% ../nbs/22_coco_tools.ipynb #88fd40b2
-import hashlib
 import json
 import logging
 import os
@@ -57,6 +56,7 @@ from detr_nb.coco import (
     read_image,
     read_image_columns,
     read_index,
+    sum_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -241,23 +241,14 @@ def fetch(remote: Remote, path: Path, connections: int) -> Path:
     return part.path
 
 # %% ../nbs/22_coco_tools.ipynb #9d1a5af4
-def sha256_of(path: Path) -> str:
-    "The SHA-256 sum of a file."
-    total = hashlib.sha256()
-    bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=f"checking {path.name}", leave=False)
-    with bar, path.open("rb") as file:
-        while block := file.read(1 << 22):
-            total.update(block)
-            bar.update(len(block))
-    return total.hexdigest()
-
-
 def verify(path: Path, archive: Archive) -> None:
     "Raise DownloadError when a file is not the archive: its size first, then its SHA-256 sum."
     size = path.stat().st_size
     if size != archive.size:
         raise DownloadError(f"{path} has {size} bytes, {archive.path} has {archive.size}")
-    if (found := sha256_of(path)) != archive.sha256:
+    with tqdm(total=size, unit="B", unit_scale=True, desc=f"checking {path.name}", leave=False) as bar:
+        found = sum_of(path, bar.update)
+    if found != archive.sha256:
         raise DownloadError(f"{path} has the SHA-256 sum {found}, {archive.path} has {archive.sha256}: "
                             "its bytes are wrong")
 

@@ -326,7 +326,7 @@ def default_config(told: Mapping[str, str]) -> Config:
         default = replace(default, epochs=600, eval_every=100, pretrain_epochs=0)
     return default
 
-
+# %% ../nbs/18_train.ipynb #2c2910d5
 def check_flags(config: Config) -> None:
     "Raise `ValueError` where flags name half a data set, several data sets, or several things to start from."
     names = ("train_images", "train_annotations", "val_images", "val_annotations")
@@ -344,7 +344,7 @@ def check_flags(config: Config) -> None:
         raise ValueError("--finetune and --frozen_weights both say what to start from: leave one out. The first goes "
                          "on training everything, the second trains the mask head alone")
 
-
+# %% ../nbs/18_train.ipynb #2a91a1fc
 DECIDING = ("coco_path", "coco_panoptic_path", "train_annotations", "output_dir", "resume", "finetune",
             "frozen_weights", "masks", "overfit")
 
