@@ -90,7 +90,8 @@ from detr_nb.distributed import (
 )
 from .evaluation import CocoEvaluator, evaluate, evaluation_mode, postprocess
 from .matcher import image_of_target
-from .panoptic import PanopticEvaluator, PanopticWriter, draw_panoptic, open_panoptic, panoptic_segments
+from .panoptic import PanopticEvaluator, PanopticWriter, draw_panoptic, panoptic_segments
+from .panoptic_data import open_panoptic
 from .plots import denormalize, image_grid, plot_detections, plot_log, show_image
 from .seeding import capture_generators, restore_generators, seed_everything
 from detr_nb.segmentation import (

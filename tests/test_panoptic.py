@@ -18,18 +18,16 @@ from detr_nb.detr import Predictions, build_detr
 from detr_nb.distributed import Process, spawn
 from detr_nb.evaluation import evaluate
 from detr_nb.panoptic import (
-    PanopticDataset,
     PanopticEvaluator,
     PanopticQuality,
     PanopticWriter,
-    Segments,
     draw_panoptic,
     judge,
-    open_panoptic,
     panoptic_segments,
     tint_segments,
     write_panoptic_results,
 )
+from detr_nb.panoptic_data import PanopticDataset, Segments, open_panoptic
 from detr_nb.segmentation import build_segmentation
 from detr_nb.shapes import CATEGORIES, STUFF, draw_scene, ids_to_rgb, write_shapes
 from detr_nb.transforms import laptop_transform
