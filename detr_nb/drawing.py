@@ -189,7 +189,7 @@ def draw_objects(
 # %% ../nbs/23_drawing.ipynb #0601ba1a
 from scipy.ndimage import distance_transform_edt
 
-from .panoptic import Segments
+from .panoptic_data import Segments
 
 
 def draw_segments(
