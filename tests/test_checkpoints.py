@@ -12,6 +12,7 @@ import torch
 
 from detr_nb import checkpoints
 from detr_nb.checkpoints import (
+    CLASS_HEAD,
     COCO_NAMES,
     RELEASED,
     CheckpointError,
@@ -846,7 +847,7 @@ def test_what_no_shape_shows_is_reported():
     report = finetune(fresh_model(2, nheads=4, dilation=True, norm="batch", temperature=20.0), state, ["a", "b"])
     assert report.settings == {"nheads": (8, 4), "dilation": (False, True), "norm": ("frozen", "batch"),
                                "temperature": (10000.0, 20.0)}
-    assert "differs nheads: 8 there, 4 here" in str(report) and not report.fresh.keys() - {*checkpoints.CLASS_HEAD}
+    assert "differs nheads: 8 there, 4 here" in str(report) and not report.fresh.keys() - {*CLASS_HEAD}
 
 
 def test_another_width_or_depth_takes_what_still_fits():
