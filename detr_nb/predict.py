@@ -46,7 +46,8 @@ from .coco import Categories, Sample
 from .detr import DETR, Predictions
 from .distributed import choose_device, get_logger
 from .evaluation import evaluation_mode, postprocess
-from .panoptic import Segments, deepest_point, panoptic_segments, segment_colors, segment_entries, tint_segments
+from .panoptic import deepest_point, panoptic_segments, segment_colors, segment_entries, tint_segments
+from .panoptic_data import Segments
 from .plots import class_color, text_color
 from .segmentation import SegmentationDETR, encode_masks, likely_objects, postprocess_masks
 from .shapes import ids_to_rgb

@@ -23,7 +23,7 @@ from detr_nb.batching import one_thread
 from detr_nb.checkpoints import CheckpointError, Detector, Preprocessing, load_detector, save_checkpoint, to_released
 from detr_nb.coco import Sample, read_image
 from detr_nb.detr import build_detr
-from detr_nb.panoptic import read_map, read_panoptic_index
+from detr_nb.panoptic_data import read_map, read_panoptic_index
 from detr_nb.predict import (
     PictureError,
     draw_result,
