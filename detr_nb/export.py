@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from .checkpoints import Detector, load_detector
+from .pretrained import Detector, load_detector
 from .detr import DETR, Predictions
 from .distributed import get_logger
 from .plots import IMAGENET_MEAN, IMAGENET_STD

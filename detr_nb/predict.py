@@ -41,7 +41,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .batching import pad_images
 from .boxes import clip_boxes, xyxy_to_xywh
-from .checkpoints import CheckpointError, Detector, Preprocessing, load_detector
+from .checkpoints import CheckpointError
+from .pretrained import Detector, Preprocessing, load_detector
 from .coco import Categories, Sample
 from .detr import DETR, Predictions
 from .distributed import choose_device, get_logger

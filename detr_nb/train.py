@@ -61,14 +61,13 @@ from detr_nb.checkpoints import (
     CHECKPOINT,
     PREVIOUS,
     CheckpointError,
-    architecture,
-    finetune,
-    known_architecture,
     load_checkpoint,
     newest_checkpoint,
     save_checkpoint,
     settings_changed,
 )
+from .convert import architecture, known_architecture
+from .pretrained import finetune
 from .coco import CocoDataset, DataWarning, open_coco, quick_check
 from .criterion import SetCriterion
 from .detr import DETR, Predictions, build_detr

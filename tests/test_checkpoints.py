@@ -11,25 +11,23 @@ import pytest
 import torch
 
 from detr_nb import checkpoints
-from detr_nb.checkpoints import (
-    CLASS_HEAD,
-    COCO_NAMES,
-    RELEASED,
-    CheckpointError,
-    Preprocessing,
+from detr_nb.checkpoints import RELEASED, CheckpointError, load_checkpoint, save_checkpoint, settings_changed
+from detr_nb.convert import (
     architecture,
-    detr_resnet50,
-    detr_resnet50_panoptic,
-    finetune,
     from_released,
     from_transformers,
     known_architecture,
-    load_checkpoint,
-    load_detector,
-    save_checkpoint,
-    settings_changed,
     to_released,
     to_transformers,
+)
+from detr_nb.pretrained import (
+    CLASS_HEAD,
+    COCO_NAMES,
+    Preprocessing,
+    detr_resnet50,
+    detr_resnet50_panoptic,
+    finetune,
+    load_detector,
 )
 from detr_nb.detr import DETR, build_detr
 from detr_nb.segmentation import SegmentationDETR, build_segmentation

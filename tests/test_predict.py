@@ -20,7 +20,9 @@ from pycocotools.coco import COCO
 from detr_nb import predict as predict_module
 from detr_nb.backbone import FrozenBatchNorm2d
 from detr_nb.batching import one_thread
-from detr_nb.checkpoints import CheckpointError, Detector, Preprocessing, load_detector, save_checkpoint, to_released
+from detr_nb.checkpoints import CheckpointError, save_checkpoint
+from detr_nb.convert import to_released
+from detr_nb.pretrained import Detector, Preprocessing, load_detector
 from detr_nb.coco import Sample, read_image
 from detr_nb.detr import build_detr
 from detr_nb.panoptic_data import read_map, read_panoptic_index
