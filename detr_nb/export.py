@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from .checkpoints import Detector
+from .pretrained import Detector
 from .detr import DETR, Predictions
 from .distributed import UserError, get_logger, user_errors
 from .plots import IMAGENET_MEAN, IMAGENET_STD

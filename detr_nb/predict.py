@@ -31,7 +31,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .batching import pad_images
 from .boxes import clip_boxes
-from .checkpoints import CheckpointError, Detector, Preprocessing, load_detector, newest_checkpoint
+from .checkpoints import CheckpointError, newest_checkpoint
+from .pretrained import Detector, Preprocessing, load_detector
 from .coco import Categories, Sample
 from .distributed import UserError, choose_device, get_logger, user_errors
 from .drawing import PictureError, Result, Source, download, find_font, is_url, read_picture

@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['ATTENTION_GAIN', 'AT_ONCE', 'Keep', 'draw_masks', 'AttentionMaps', 'convolve_enlarged', 'MaskLayers', 'maps_of',
-           'MaskHead', 'paint_kept', 'SegmentationDETR', 'build_segmentation', 'check_mask_flags', 'likely_objects',
-           'postprocess_masks', 'encode_masks', 'MaskDetections', 'FoundMasks', 'pack_with_masks',
-           'drop_repeated_masks', 'mask_results', 'MaskEvaluator']
+           'MaskHead', 'mask_losses', 'MaskCriterion', 'paint_kept', 'SegmentationDETR', 'build_segmentation',
+           'check_mask_flags', 'likely_objects', 'postprocess_masks', 'encode_masks', 'MaskDetections', 'FoundMasks',
+           'pack_with_masks', 'drop_repeated_masks', 'mask_results', 'MaskEvaluator']
 
 # %% ../nbs/17_segmentation.ipynb #ac2b1588
 from collections.abc import Callable, Sequence
@@ -18,12 +18,16 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from pycocotools import mask as run_length
 from torch import Tensor, nn
+from torchvision.ops import sigmoid_focal_loss
 
 from .backbone import group_norm
 from .batching import Targets
 from .coco import CocoDataset, PackedBytes, starts
+from .criterion import SetCriterion
 from .detr import DETR, Predictions, at_least_float32
+from .distributed import UserError
 from .evaluation import NOTHING, CocoEvaluator, Detections, Found, Results, pack_detections, to_coco_table
+from .matcher import Matches, match
 from .plots import box_caption, class_color, write_caption
 from .transformer import keep_mask
 
@@ -107,7 +111,7 @@ class MaskLayers(nn.Module):
     ):
         super().__init__()
         if width % 16:
-            raise ValueError(f"the mask head divides the transformer's width by 16, got hidden_dim={width}")
+            raise UserError(f"the mask head divides the transformer's width by 16, got hidden_dim={width}")
         widths = [width + heads, width + heads, width // 2, width // 4, width // 8, width // 16]
         for number, (inputs, outputs) in enumerate(zip(widths[:-1], widths[1:]), start=1):
             self.add_module(f"lay{number}", nn.Conv2d(inputs, outputs, 3, padding=1))
@@ -156,6 +160,64 @@ class MaskHead(MaskLayers):
             x = F.relu(norm(x))
         return self.out_lay(x)[:, 0]
 
+# %% ../nbs/17_segmentation.ipynb #122e19e8
+def _real_pixels(
+    sizes: Int[Tensor, "B 2"],  # (height, width) of each image
+    canvas: tuple[int, int],  # height and width of the batch
+) -> Bool[Tensor, "B H W"]:
+    "True on the image, False on padding."
+    rows, columns = (torch.arange(side, device=sizes.device) for side in canvas)
+    return (rows < sizes[:, :1])[:, :, None] & (columns < sizes[:, 1:])[:, None, :]
+
+# %% ../nbs/17_segmentation.ipynb #ea48a775
+def mask_losses(
+    masks: Float[Tensor, "B Q h w"],  # logits, at any resolution
+    targets: Targets,  # with masks
+    matches: Matches,  # of the layer that the masks are from
+) -> Float[Tensor, "2"]:
+    "Focal and dice loss summed over matched pairs, padding left out (Carion et al. 2020, A.2); raises `UserError`."
+    if targets.masks is None:
+        raise UserError("the model paints masks but the targets have none: read the data set with with_masks=True")
+    wanted = targets.masks[matches.target].to(masks.dtype)
+    chosen = matches.image * masks.shape[1] + matches.query  # one index: its gradient is added up much faster
+    painted = masks.flatten(0, 1).index_select(0, chosen)[:, None]
+    painted = F.interpolate(painted, wanted.shape[-2:], mode="bilinear")[:, 0]
+    real = _real_pixels(targets.sizes, wanted.shape[-2:])[matches.image]
+    focal = (sigmoid_focal_loss(painted, wanted) * real).sum((1, 2)) / real.sum((1, 2))
+    covered = painted.sigmoid() * real
+    overlap, areas = (covered * wanted).sum((1, 2)), covered.sum((1, 2)) + wanted.sum((1, 2))
+    return torch.stack([focal.sum(), (1 - (2 * overlap + 1) / (areas + 1)).sum()])
+
+# %% ../nbs/17_segmentation.ipynb #65bbb20f
+class MaskCriterion(SetCriterion):
+    "DETR's loss with masks: focal and dice loss of the last layer beside those of classes and boxes."
+
+    def __init__(
+        self,
+        num_classes: int,
+        mask_loss_coef: float = 1.0,  # of the focal loss
+        dice_loss_coef: float = 1.0,
+        **settings: float,  # those of `SetCriterion`
+    ):
+        super().__init__(num_classes, **settings)
+        self.weights |= {"loss_mask": mask_loss_coef, "loss_dice": dice_loss_coef}
+
+    def losses(
+        self, predictions: Predictions, targets: Targets, matches: Matches, divisors: Float[Tensor, "2"]
+    ) -> dict[str, Tensor]:
+        "What `SetCriterion` gives, and `loss_mask` and `loss_dice`."
+        losses, last = super().losses(predictions, targets, matches, divisors), matches.of_layer(len(predictions.boxes) - 1)
+        focal, dice = mask_losses(predictions.masks, targets, last) / divisors[0]
+        return losses | {"loss_mask": focal, "loss_dice": dice}
+
+    @torch.no_grad()
+    def matched_queries(self, predictions: Predictions, targets: Targets) -> Bool[Tensor, "B Q"]:
+        "The queries that answer for an object in the last layer: the only ones whose masks the loss reads."
+        pairs = match(predictions.last_layer(), targets, *self.costs)
+        chosen = torch.zeros(predictions.logits.shape[1:3], dtype=torch.bool, device=predictions.logits.device)
+        chosen[pairs.image, pairs.query] = True
+        return chosen
+
 # %% ../nbs/17_segmentation.ipynb #666353a1
 AT_ONCE = 64  # masks painted together when predicting; the memory that the head needs grows with it
 Keep = Callable[[Predictions], Bool[Tensor, "B Q"]]  # which queries are worth a mask, from their classes and boxes
@@ -185,7 +247,7 @@ class SegmentationDETR(nn.Module):
     ):
         super().__init__()
         if len(getattr(detr.backbone, "channels", ())) < 4:
-            raise ValueError("masks need a backbone with four maps, as the ResNets and the small one have")
+            raise UserError("masks need a backbone with four maps, as the ResNets and the small one have")
         width, heads = detr.query_embed.embedding_dim, detr.transformer.decoder.layers[0].self_attn.heads
         self.detr, self.frozen = detr.requires_grad_(False).eval() if freeze else detr, freeze
         self.bbox_attention = AttentionMaps(width, heads)
@@ -317,7 +379,7 @@ class MaskEvaluator(CocoEvaluator):
 
     def __init__(self, dataset: CocoDataset, iou_types: Sequence[str] = ("bbox", "segm")):
         if not dataset.with_masks:
-            raise ValueError(f"to score masks, open {dataset.annotations} with with_masks=True")
+            raise UserError(f"to score masks, open {dataset.annotations} with with_masks=True")
         super().__init__(dataset, iou_types)
 
     def detect(self, predictions: Predictions, targets: Targets) -> MaskDetections:

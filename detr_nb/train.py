@@ -61,16 +61,15 @@ from detr_nb.checkpoints import (
     CHECKPOINT,
     PREVIOUS,
     CheckpointError,
-    architecture,
-    finetune,
-    known_architecture,
     load_checkpoint,
     newest_checkpoint,
     save_checkpoint,
     settings_changed,
 )
+from .convert import architecture, known_architecture
+from .pretrained import finetune
 from .coco import CocoDataset, DataWarning, open_coco, quick_check
-from .criterion import SetCriterion, matched_queries
+from .criterion import SetCriterion
 from .detr import DETR, Predictions, build_detr
 from detr_nb.distributed import (
     Process,
@@ -95,6 +94,7 @@ from .panoptic_data import open_panoptic
 from .plots import denormalize, image_grid, plot_detections, plot_log, show_image
 from .seeding import capture_generators, restore_generators, seed_everything
 from detr_nb.segmentation import (
+    MaskCriterion,
     MaskEvaluator,
     SegmentationDETR,
     build_segmentation,
@@ -438,7 +438,9 @@ def build_model(config: Config, num_classes: int) -> DETR | SegmentationDETR:
 def build_criterion(config: Config, num_classes: int) -> SetCriterion:
     "The loss that a configuration describes."
     costs = select(config, "set_cost_class", "set_cost_bbox", "set_cost_giou")
-    weights = select(config, "bbox_loss_coef", "giou_loss_coef", "mask_loss_coef", "dice_loss_coef", "eos_coef")
+    weights = select(config, "bbox_loss_coef", "giou_loss_coef", "eos_coef")
+    if config.masks:
+        return MaskCriterion(num_classes, **select(config, "mask_loss_coef", "dice_loss_coef"), **costs, **weights)
     return SetCriterion(num_classes, **costs, **weights)
 
 # %% ../nbs/33_train.ipynb #7496f3e8
@@ -703,7 +705,7 @@ def batch_losses(
     "All losses of one batch; `loss` is their weighted sum."
     wanted = {}
     if batch.targets.masks is not None and isinstance(accelerator.unwrap_model(model), SegmentationDETR):
-        wanted["keep"] = partial(matched_queries, targets=batch.targets, criterion=criterion)  # others have no loss
+        wanted["keep"] = partial(criterion.matched_queries, targets=batch.targets)  # others have no loss
     with accelerator.autocast():
         predictions = model(batch.images, batch.padding, **wanted)
     if not aux_loss:

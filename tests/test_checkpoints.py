@@ -11,24 +11,23 @@ import pytest
 import torch
 
 from detr_nb import checkpoints
-from detr_nb.checkpoints import (
-    COCO_NAMES,
-    RELEASED,
-    CheckpointError,
-    Preprocessing,
+from detr_nb.checkpoints import RELEASED, CheckpointError, load_checkpoint, save_checkpoint, settings_changed
+from detr_nb.convert import (
     architecture,
-    detr_resnet50,
-    detr_resnet50_panoptic,
-    finetune,
     from_released,
     from_transformers,
     known_architecture,
-    load_checkpoint,
-    load_detector,
-    save_checkpoint,
-    settings_changed,
     to_released,
     to_transformers,
+)
+from detr_nb.pretrained import (
+    CLASS_HEAD,
+    COCO_NAMES,
+    Preprocessing,
+    detr_resnet50,
+    detr_resnet50_panoptic,
+    finetune,
+    load_detector,
 )
 from detr_nb.detr import DETR, build_detr
 from detr_nb.segmentation import SegmentationDETR, build_segmentation
@@ -846,7 +845,7 @@ def test_what_no_shape_shows_is_reported():
     report = finetune(fresh_model(2, nheads=4, dilation=True, norm="batch", temperature=20.0), state, ["a", "b"])
     assert report.settings == {"nheads": (8, 4), "dilation": (False, True), "norm": ("frozen", "batch"),
                                "temperature": (10000.0, 20.0)}
-    assert "differs nheads: 8 there, 4 here" in str(report) and not report.fresh.keys() - {*checkpoints.CLASS_HEAD}
+    assert "differs nheads: 8 there, 4 here" in str(report) and not report.fresh.keys() - {*CLASS_HEAD}
 
 
 def test_another_width_or_depth_takes_what_still_fits():

@@ -13,7 +13,6 @@ from PIL import Image
 
 from detr_nb.batching import CachedDataset, make_loader
 from detr_nb.coco import DataError, DataWarning
-from detr_nb.criterion import SetCriterion
 from detr_nb.detr import Predictions, build_detr
 from detr_nb.distributed import Process, spawn
 from detr_nb.evaluation import evaluate
@@ -28,7 +27,7 @@ from detr_nb.panoptic import (
     write_panoptic_results,
 )
 from detr_nb.panoptic_data import PanopticDataset, Segments, open_panoptic
-from detr_nb.segmentation import build_segmentation
+from detr_nb.segmentation import MaskCriterion, build_segmentation
 from detr_nb.shapes import CATEGORIES, STUFF, draw_scene, ids_to_rgb, write_shapes
 from detr_nb.transforms import laptop_transform
 
@@ -668,7 +667,7 @@ def test_a_model_with_masks_runs_in_the_loop(shapes: Path):
     dataset = open_panoptic(shapes, None, "val", transform=laptop_transform(train=False)).subset(range(6))
     sizes = dict(hidden_dim=64, nheads=8, enc_layers=1, dec_layers=2, dim_feedforward=64, num_queries=8)
     model, batches = build_segmentation(build_detr(10, "small", **sizes)), make_loader(dataset, 4, shuffle=False)
-    result = evaluate(model, batches, PanopticEvaluator(dataset, threshold=0.0), "cpu", SetCriterion(num_classes=10))
+    result = evaluate(model, batches, PanopticEvaluator(dataset, threshold=0.0), "cpu", MaskCriterion(num_classes=10))
     assert result["images"] == 6 and 0 <= result["PQ_all"]["pq"] < 60  # it has learned nothing
     assert result["loss_mask"] > 0 and len(result["coco_eval_bbox"]) == 12
 

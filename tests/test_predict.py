@@ -23,13 +23,16 @@ from detr_nb import drawing
 from detr_nb import predict as predict_module
 from detr_nb.backbone import FrozenBatchNorm2d
 from detr_nb.batching import one_thread
-from detr_nb.checkpoints import CheckpointError, Detector, Preprocessing, load_detector, save_checkpoint, to_released
+from detr_nb.checkpoints import CheckpointError, save_checkpoint
+from detr_nb.convert import to_released
+from detr_nb.pretrained import Detector, Preprocessing, load_detector
 from detr_nb.coco import Sample, read_image
 from detr_nb.detr import build_detr
 from detr_nb.distributed import UserError
 from detr_nb.panoptic_data import read_map, read_panoptic_index
 from detr_nb.drawing import PictureError, draw_objects, find_font, read_picture
-from detr_nb.predict import Result, find_pictures, main, predict
+from detr_nb.drawing import Result
+from detr_nb.predict import find_pictures, main, predict
 from detr_nb.segmentation import build_segmentation
 from detr_nb.shapes import RUNNING_INDEX, STUFF, draw_scene
 from detr_nb.transforms import Resize

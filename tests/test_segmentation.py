@@ -16,19 +16,20 @@ from torch import Tensor
 from detr_nb import segmentation
 from detr_nb.batching import Batch, Targets, make_loader
 from detr_nb.coco import CocoDataset
-from detr_nb.criterion import SetCriterion, mask_losses, matched_queries, real_pixels
 from detr_nb.detr import Predictions, build_detr
 from detr_nb.distributed import Process, spawn
 from detr_nb.evaluation import evaluate
 from detr_nb.matcher import Matches, match
 from detr_nb.segmentation import (
     AttentionMaps,
+    MaskCriterion,
     MaskEvaluator,
     SegmentationDETR,
     build_segmentation,
     check_mask_flags,
     encode_masks,
     likely_objects,
+    mask_losses,
     postprocess_masks,
 )
 
@@ -185,7 +186,7 @@ def test_likely_objects() -> None:
 def test_the_gradient_needs_only_the_matched_queries(counts: list[int]) -> None:
     "The same losses and gradients as with the masks of all queries; every weight has a gradient, also without objects."
     model, (images, targets) = make_model(dropout=0).train(), make_batch(counts)
-    criterion = SetCriterion(3)
+    criterion = MaskCriterion(3)
 
     def learn(keep) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         model.zero_grad()
@@ -194,7 +195,7 @@ def test_the_gradient_needs_only_the_matched_queries(counts: list[int]) -> None:
         return losses, {name: weight.grad for name, weight in model.named_parameters()}
 
     losses, every = learn(None)
-    same_losses, matched = learn(partial(matched_queries, targets=targets, criterion=criterion))
+    same_losses, matched = learn(partial(criterion.matched_queries, targets=targets))
     torch.testing.assert_close(same_losses, losses, rtol=1e-5, atol=1e-6)
     assert None not in every.values() and None not in matched.values()
     torch.testing.assert_close(matched, every, rtol=1e-4, atol=1e-6)
@@ -217,7 +218,7 @@ def saved_bytes(function) -> int:
 def test_matched_queries_save_memory() -> None:
     "3 of 100 queries: what is kept for the backward pass shrinks with them, and a frozen detector keeps nothing."
     model, (images, targets) = make_model(freeze=True, num_queries=100).train(), make_batch([3])
-    keep = partial(matched_queries, targets=targets, criterion=SetCriterion(3))
+    keep = partial(MaskCriterion(3).matched_queries, targets=targets)
     every, matched = (saved_bytes(lambda keep=keep: model(images, keep=keep).masks) for keep in (None, keep))
     weights = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
     assert matched - weights < (every - weights) / 8
@@ -236,7 +237,7 @@ def test_frozen_weights_stay() -> None:
     optimizer, (images, targets) = torch.optim.AdamW(learning, lr=1e-2), make_batch([2, 1])
     for _ in range(2):
         optimizer.zero_grad()
-        criterion = SetCriterion(3)
+        criterion = MaskCriterion(3)
         criterion.total(criterion(model(images), targets)).backward()
         optimizer.step()
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
@@ -249,7 +250,7 @@ def test_frozen_weights_stay() -> None:
 def test_not_frozen_everything_learns() -> None:
     model, (images, targets) = make_model(dropout=0.5).train(), make_batch([2, 1])
     assert all(module.training for module in model.modules())
-    losses = SetCriterion(3)(model(images), targets)
+    losses = MaskCriterion(3)(model(images), targets)
     (losses["loss_mask"] + losses["loss_dice"]).backward()
     without = {name for name, weight in model.named_parameters() if weight.grad is None}
     assert {name.split(".")[1] for name in without} <= {"class_embed", "bbox_embed"}  # masks alone do not reach those
@@ -298,11 +299,11 @@ def test_mask_losses_by_loop() -> None:
     "Images of two sizes on one canvas."
     _, targets = make_batch([2, 1], (10, 14))
     targets = targets._replace(sizes=torch.tensor([[10, 9], [7, 14]]))
-    targets = targets._replace(masks=targets.masks & real_pixels(targets.sizes, (10, 14))[[0, 0, 1]])
+    targets.masks[:2, :, 9:], targets.masks[2, 7:] = False, False
     predictions = Predictions(torch.randn(1, 2, 4, 4), torch.rand(1, 2, 4, 4), 2 * torch.randn(2, 4, 3, 4))
     matches = match(predictions, targets)
     found = mask_losses(predictions.masks, targets, matches)
-    torch.testing.assert_close([float(x) for x in found], list(loop_losses(predictions.masks, targets, matches)),
+    torch.testing.assert_close(found.tolist(), list(loop_losses(predictions.masks, targets, matches)),
                                rtol=1e-5, atol=1e-6)
 
 
@@ -313,7 +314,7 @@ def test_what_is_painted_on_padding_does_not_count() -> None:
     masks = torch.randn(1, 3, 16, 32)
     other = masks.clone()
     other[..., 16:] += 5 * torch.randn(1, 3, 16, 16)
-    assert all(torch.equal(a, b) for a, b in zip(mask_losses(masks, wide, matches), mask_losses(other, wide, matches)))
+    assert torch.equal(mask_losses(masks, wide, matches), mask_losses(other, wide, matches))
     torch.testing.assert_close(mask_losses(masks, wide, matches), mask_losses(masks[..., :16], targets, matches))
 
 
@@ -321,7 +322,7 @@ def test_mask_losses_share_the_divisor_of_boxes() -> None:
     "Two halves with the number of boxes of both give the loss of the whole; only the last layer has masks."
     _, targets = make_batch([1, 3])
     predictions = Predictions(torch.randn(2, 2, 5, 4), torch.rand(2, 2, 5, 4), torch.randn(2, 5, 6, 8))
-    criterion = SetCriterion(3, mask_loss_coef=2, dice_loss_coef=3)
+    criterion = MaskCriterion(3, mask_loss_coef=2, dice_loss_coef=3)
     whole = criterion(predictions, targets)
     assert {"loss_mask", "loss_dice"} <= whole.keys() and "loss_mask_0" not in whole
     divisors, parts = criterion.normalizers(targets.counts, 5), []
@@ -340,7 +341,7 @@ def test_masks_without_true_masks_are_refused() -> None:
     _, targets = make_batch([1])
     predictions = Predictions(torch.randn(1, 1, 5, 4), torch.rand(1, 1, 5, 4), torch.randn(1, 5, 6, 8))
     with pytest.raises(ValueError, match="with_masks=True"):
-        SetCriterion(3)(predictions, targets._replace(masks=None))
+        MaskCriterion(3)(predictions, targets._replace(masks=None))
 
 
 # Results and evaluation
@@ -469,7 +470,7 @@ def test_results_are_those_of_a_model_and_can_be_written(folder: Path, tmp_path:
     dataset = load(folder)
     evaluator = MaskEvaluator(dataset)
     result = evaluate(make_model(), make_loader(dataset, 3, shuffle=False, num_workers=0), evaluator, "cpu",
-                      SetCriterion(3))
+                      MaskCriterion(3))
     assert len(result["coco_eval_masks"]) == 12 and {"loss_mask", "loss_dice"} <= result.keys()
     evaluator.write_detections(tmp_path / "masks.json", "segm")
     written = json.loads((tmp_path / "masks.json").read_text())
