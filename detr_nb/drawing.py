@@ -203,9 +203,8 @@ def _paint(
     part = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
     whole, spot = mask[part], image[:, part[0], part[1]]
     inner = torch.from_numpy(minimum_filter(whole.numpy(), 2 * line + 1, mode="constant"))
-    for pixels, color, strength in ((whole, colors[0], alpha), (whole & ~inner, colors[1], 1.0)):
-        spot = draw_segmentation_masks(spot, pixels & free[part], strength, _ink(color))
-    image[:, part[0], part[1]] = spot
+    spot.copy_(draw_segmentation_masks(spot, whole & free[part], alpha, _ink(colors[0])))
+    spot[:, whole & ~inner & free[part]] = torch.tensor([_ink(colors[1])], dtype=torch.uint8).T
     free[part] &= ~whole
 
 # %% ../nbs/23_drawing.ipynb #4f57031a

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from .pretrained import Detector
+from .pretrained import LoadedDetector
 from .detr import DETR, Predictions
 from .distributed import UserError, get_logger, user_errors
 from .plots import IMAGENET_MEAN, IMAGENET_STD
@@ -80,7 +80,7 @@ def _need(*packages: str) -> None:
             raise ExportError(told) from error
 
 # %% ../nbs/25_export.ipynb #be554562
-def _file_notes(detector: Detector) -> dict[str, str]:
+def _file_notes(detector: LoadedDetector) -> dict[str, str]:
     "What one must know to use the file, as the notes that ONNX keeps in it; lists and settings in JSON."
     told = {"names": detector.names, "category_ids": detector.category_ids, "mean": IMAGENET_MEAN, "std": IMAGENET_STD,
             "preprocessing": detector.preprocessing._asdict()}
@@ -91,12 +91,12 @@ def _file_notes(detector: Detector) -> dict[str, str]:
 
 
 def export_onnx(
-    detector: Detector | DETR,  # stays as it is; of a bare model the file cannot name the classes
+    detector: LoadedDetector | DETR,  # stays as it is; of a bare model the file cannot name the classes
     path: str | Path,  # of the file to write
 ) -> Path:
     "Write a DETR as an ONNX file with free numbers and sizes of images; raises `ExportError` if a package is missing."
     _need("onnx", "onnxscript")
-    notes = _file_notes(detector) if isinstance(detector, Detector) else {}
+    notes = _file_notes(detector) if isinstance(detector, LoadedDetector) else {}
     written = torch.onnx.export(export_program(getattr(detector, "model", detector)), dynamo=True, verbose=False,
                                 input_names=("images", "padding"), output_names=("logits", "boxes"))
     for value in (*written.model.graph.inputs, *written.model.graph.outputs):

@@ -32,7 +32,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from .batching import pad_images
 from .boxes import clip_boxes
 from .checkpoints import CheckpointError, newest_checkpoint
-from .pretrained import Detector, Preprocessing, load_detector
+from .pretrained import LoadedDetector, Preprocessing, load_detector
 from .coco import Categories, Sample
 from .distributed import UserError, choose_device, get_logger, user_errors
 from .drawing import PictureError, Result, Source, download, find_font, is_url, read_picture
@@ -86,7 +86,7 @@ def _of_one_shape(window: Sequence[tuple[Result, Tensor | None]], batch_size: in
 
 # %% ../nbs/24_predict.ipynb #0c91fe31
 def _detect(
-    detector: Detector,
+    detector: LoadedDetector,
     batch: Sequence[tuple[Result, UInt8[Tensor, "3 H W"]]],  # images of one shape, results without contents
     threshold: float,  # lowest score that is kept
     masks: bool = False,
@@ -124,7 +124,7 @@ def _detect(
 # %% ../nbs/24_predict.ipynb #b601005f
 def _predict_each(
     pictures: Sequence[tuple[str, Source]],  # from `find_pictures`
-    detector: Detector,  # its model on the device that shall compute
+    detector: LoadedDetector,  # its model on the device that shall compute
     threshold: float,
     batch_size: int,
     num_workers: int,
@@ -177,7 +177,7 @@ def find_pictures(
 def open_detector(
     source: str | Path,  # a run's folder, a checkpoint's file, a released name, a URL, a folder of transformers
     masks: bool = False,  # with its mask head
-) -> Detector:
+) -> LoadedDetector:
     "A detector by the names that people have for one; of a run its best weights. Raises `CheckpointError`."
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").exists():  # that is one of transformers
@@ -190,7 +190,7 @@ def open_detector(
 
 def predict(
     sources: Source | Iterable[Source],  # files, folders, URLs, pictures in memory
-    detector: Detector | str | Path,  # or what `open_detector` takes
+    detector: LoadedDetector | str | Path,  # or what `open_detector` takes
     threshold: float = 0.7,  # lowest score that is kept
     batch_size: int = 4,
     device: str = "auto",  # auto, cpu, cuda or mps
@@ -227,7 +227,7 @@ def _image_ids(names: Sequence[str]) -> list[int]:
     return list(range(1, len(names) + 1))
 
 # %% ../nbs/24_predict.ipynb #d8b2c90f
-def _coco_file(detector: Detector, **info: object) -> dict[str, list]:
+def _coco_file(detector: LoadedDetector, **info: object) -> dict[str, list]:
     "The parts of a COCO file, still without images."
     kinds = [{}] * len(detector.names)
     if detector.is_thing is not None:
@@ -307,7 +307,7 @@ def _spare_sources(found: Sequence[tuple[str, Source]], paths: Sequence[Path]) -
             raise UserError(f"{path} is one of the pictures itself, and would be drawn over: give another --output")
 
 # %% ../nbs/24_predict.ipynb #8b32dbe3
-def _draw_into(path: Path, result: Result, font: Path | None) -> None:
+def _draw_into(result: Result, path: Path, font: Path | None) -> None:
     "Draw a result into a file, unless there is nothing to draw on."
     if not result.problem:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -344,14 +344,14 @@ def write_predictions(settings: PredictSettings) -> int:
     classes = Categories(detector.names, detector.category_ids)
     files = {name: _coco_file(detector, description=name[:-5], weights=settings.weights, threshold=settings.threshold)
              for name in ("detections.json", "panoptic.json")[: 1 + settings.panoptic]}
-    coming = zip(paths, tqdm(results, total=len(found), unit="picture"), _image_ids(names))
+    coming = zip(tqdm(results, total=len(found), unit="picture"), _image_ids(names), paths)
     try:
         with ThreadPoolExecutor() as pool, logging_redirect_tqdm():
             while part := list(islice(coming, 4 * settings.batch_size)):
-                for _, result, image_id in part:
+                for result, image_id, _ in part:
                     _note(files, result, image_id, maps, classes)
                 if settings.pictures:
-                    list(pool.map(lambda item: _draw_into(*item[:2], settings.font), part))
+                    list(pool.map(lambda item: _draw_into(item[0], item[2], settings.font), part))
     finally:  # also when somebody loses patience
         for name, file in files.items():
             _write_json(file, output / name)
