@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import Backbone
-from .coco import sum_of
+from .annotations import sum_of
 from .detr import DETR, build_detr
 from .distributed import get_logger
 from .segmentation import SegmentationDETR, build_segmentation
