@@ -61,14 +61,13 @@ from detr_nb.checkpoints import (
     CHECKPOINT,
     PREVIOUS,
     CheckpointError,
-    architecture,
-    finetune,
-    known_architecture,
     load_checkpoint,
     newest_checkpoint,
     save_checkpoint,
     settings_changed,
 )
+from .convert import architecture, known_architecture
+from .pretrained import transfer_weights
 from .coco import CocoDataset, DataWarning, open_coco, quick_check
 from .criterion import SetCriterion
 from .detr import DETR, Predictions, build_detr
@@ -1219,7 +1218,7 @@ def start_from_weights(model: DETR | SegmentationDETR, config: Config, names: Se
     if not source:
         return
     keep = config.keep_classes or bool(config.frozen_weights)
-    report = finetune(model.detr if config.masks else model, source, names, keep)
+    report = transfer_weights(model.detr if config.masks else model, source, names, keep)
     logger.info("%s %s: %s", "--finetune" if config.finetune else "--frozen_weights", source, report)
     if config.frozen_weights and (report.fresh or any("anew" in rows for rows in report.partly.values())):
         raise ValueError(f"--frozen_weights {source} has no detector for this data set and these settings: what is "
