@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from .checkpoints import Detector, load_detector
+from .pretrained import LoadedDetector, load_detector
 from .detr import DETR, Predictions
 from .distributed import get_logger
 from .plots import IMAGENET_MEAN, IMAGENET_STD
@@ -82,7 +82,7 @@ def need(*packages: str) -> None:
             ) from error
 
 # %% ../nbs/25_export.ipynb #be554562
-def file_notes(detector: Detector) -> dict[str, str]:
+def file_notes(detector: LoadedDetector) -> dict[str, str]:
     "What one must know to use the file, as the notes that ONNX keeps in it; lists and settings in JSON."
     return {
         "names": json.dumps(detector.names),

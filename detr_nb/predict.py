@@ -41,9 +41,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .batching import pad_images
 from .boxes import clip_boxes, xyxy_to_xywh
-from .checkpoints import CheckpointError, Detector, Preprocessing, load_detector
-from .annotations import Categories
-from .coco import Sample
+from .checkpoints import CheckpointError
+from .pretrained import LoadedDetector, Preprocessing, load_detector
+from .coco import Categories, Sample
 from .detr import DETR, Predictions
 from .distributed import choose_device, get_logger
 from .evaluation import evaluation_mode, postprocess
@@ -51,7 +51,7 @@ from .panoptic import deepest_point, panoptic_segments, segment_colors, segment_
 from .panoptic_data import Segments
 from .plots import class_color, text_color
 from .segmentation import SegmentationDETR, encode_masks, likely_objects, postprocess_masks
-from .shapes_set import ids_to_rgb
+from .shapes import ids_to_rgb
 from .transformer import record_attention
 from .transforms import Compose, Limit, Resize, Transform
 
@@ -251,7 +251,7 @@ def encode_each(
 
 
 def cut_pictures(
-    detector: Detector,
+    detector: LoadedDetector,
     predictions: Predictions,
     canvas: tuple[int, int],
     batch: Sequence[Prepared],
@@ -265,7 +265,7 @@ def cut_pictures(
 
 
 def detect(
-    detector: Detector,
+    detector: LoadedDetector,
     batch: Sequence[Prepared],  # with images
     threshold: float,  # lowest score that is kept
     masks: bool = False,
@@ -298,7 +298,7 @@ def left_out(picture: Prepared) -> Result:
 
 def predict_each(
     pictures: Sequence[tuple[str, Source]],  # from `find_pictures`
-    detector: Detector,  # its model on the device that shall compute
+    detector: LoadedDetector,  # its model on the device that shall compute
     threshold: float,
     batch_size: int,
     num_threads: int,
@@ -375,13 +375,13 @@ def check_numbers(threshold: float, batch_size: int, num_threads: int) -> None:
 
 
 def open_detector(
-    detector: Detector | str | Path,  # or what `load_detector` takes
+    detector: LoadedDetector | str | Path,  # or what `load_detector` takes
     masks: bool,
     panoptic: bool,
     exact_resize: bool,  # also when the detector was not trained so
-) -> Detector:
+) -> LoadedDetector:
     "A detector that can do what is asked for; raises `CheckpointError`, a `ValueError`, when it cannot."
-    if not isinstance(detector, Detector):
+    if not isinstance(detector, LoadedDetector):
         detector = load_detector(detector, masks or panoptic)
     if exact_resize:
         detector = detector._replace(preprocessing=detector.preprocessing._replace(exact=True))
@@ -395,7 +395,7 @@ def open_detector(
 
 def predict(
     sources: Source | Iterable[Source],  # files, folders, URLs, pictures in memory
-    detector: Detector | str | Path,  # or what `load_detector` takes: a checkpoint's file, its URL, or a model's name
+    detector: LoadedDetector | str | Path,  # or what `load_detector` takes: a checkpoint's file, its URL, or a model's name
     threshold: float = 0.7,  # lowest score that is kept
     batch_size: int = 4,
     device: str = "auto",  # "auto", "cuda", "mps" or "cpu"
@@ -597,7 +597,7 @@ def to_coco_annotations(
 class CocoWriter:
     "Collects results and writes them as one COCO file, each image and each detection on a line of its own."
 
-    def __init__(self, detector: Detector):
+    def __init__(self, detector: LoadedDetector):
         self.category_ids, self.images, self.annotations, self.left_out = detector.category_ids, [], [], []
         kinds = [{}] * len(detector.names)
         if detector.is_thing is not None:
@@ -631,7 +631,7 @@ class CocoWriter:
 class SegmentWriter(CocoWriter):
     "Writes segments as COCO's panoptic results: a PNG of ids for each picture as it comes, one JSON file at the end."
 
-    def __init__(self, detector: Detector, folder: Path):
+    def __init__(self, detector: LoadedDetector, folder: Path):
         super().__init__(detector)
         self.classes, self.folder = Categories(detector.names, detector.category_ids), folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -764,7 +764,7 @@ class Attention(NamedTuple):
     encoder: Float[Tensor, "h w h w"] | None  # of each cell, over the cells; None for a model without encoder
 
 
-def attention_of(source: Source, detector: Detector) -> Attention:
+def attention_of(source: Source, detector: LoadedDetector) -> Attention:
     "Detect in one picture and note the attention (Carion et al. 2020, fig. 3 and 6); raises `PictureError`."
     pixels = read_picture(source)
     picture = prepare_picture((0, ("picture", pixels)), sizing(detector.preprocessing))

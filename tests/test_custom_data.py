@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from detr_nb import train
-from detr_nb.checkpoints import architecture, load_detector
+from detr_nb.convert import architecture
+from detr_nb.pretrained import load_detector
 from detr_nb.coco import CocoDataset, open_coco
 from detr_nb.detr import build_detr
 from detr_nb.evaluation import CocoEvaluator, Detections, load_detections, to_coco_table

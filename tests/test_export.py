@@ -9,7 +9,8 @@ import pytest
 import torch
 from ledger import ONNXRUNTIME, TORCH, Ledger
 
-from detr_nb.checkpoints import Preprocessing, save_checkpoint
+from detr_nb.checkpoints import save_checkpoint
+from detr_nb.pretrained import Preprocessing
 from detr_nb.detr import DETR, build_detr
 from detr_nb.export import ExportError, OnnxDETR, check_onnx, export_command, export_onnx, export_program, need
 

@@ -20,7 +20,9 @@ from pycocotools.coco import COCO
 from detr_nb import predict as predict_module
 from detr_nb.backbone import FrozenBatchNorm2d
 from detr_nb.batching import one_thread
-from detr_nb.checkpoints import CheckpointError, Detector, Preprocessing, load_detector, save_checkpoint, to_released
+from detr_nb.checkpoints import CheckpointError, save_checkpoint
+from detr_nb.convert import to_released
+from detr_nb.pretrained import LoadedDetector, Preprocessing, load_detector
 from detr_nb.coco import Sample, read_image
 from detr_nb.detr import build_detr
 from detr_nb.panoptic_data import read_map, read_panoptic_index
@@ -47,7 +49,7 @@ SMALL = dict(num_classes=6, backbone="small", norm="group", temperature=20, hidd
 EXIF_ORIENTATION = 0x0112
 
 
-def make_detector(short_side: int | None = None, max_size: int | None = 160, **changes) -> Detector:
+def make_detector(short_side: int | None = None, max_size: int | None = 160, **changes) -> LoadedDetector:
     "A model with random weights: its answers depend on every pixel, which is all that these tests need."
     torch.manual_seed(0)
     model = build_detr(**SMALL | changes)
@@ -55,7 +57,7 @@ def make_detector(short_side: int | None = None, max_size: int | None = 160, **c
     for part in model.modules():
         if isinstance(part, FrozenBatchNorm2d):
             part.bias.normal_(std=0.1)
-    return Detector(model, NAMES, IDS, Preprocessing(short_side, max_size))
+    return LoadedDetector(model, NAMES, IDS, Preprocessing(short_side, max_size))
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +68,7 @@ def single_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def detector() -> Detector:
+def detector() -> LoadedDetector:
     return make_detector()
 
 
@@ -580,7 +582,7 @@ def painters(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def painter(painters) -> Detector:
+def painter(painters) -> LoadedDetector:
     return load_detector(painters["ours"], masks=True)
 
 
