@@ -43,7 +43,8 @@ from .batching import pad_images
 from .boxes import clip_boxes, xyxy_to_xywh
 from .checkpoints import CheckpointError
 from .pretrained import LoadedDetector, Preprocessing, load_detector
-from .coco import Categories, Sample
+from .annotations import Categories
+from .coco import Sample
 from .detr import DETR, Predictions
 from .distributed import choose_device, get_logger
 from .evaluation import evaluation_mode, postprocess
@@ -51,7 +52,7 @@ from .panoptic import deepest_point, panoptic_segments, segment_colors, segment_
 from .panoptic_data import Segments
 from .plots import class_color, text_color
 from .segmentation import SegmentationDETR, encode_masks, likely_objects, postprocess_masks
-from .shapes import ids_to_rgb
+from .shapes_set import ids_to_rgb
 from .transformer import record_attention
 from .transforms import Compose, Limit, Resize, Transform
 

@@ -39,11 +39,11 @@ from detr_nb.checkpoints import (
     CHECKPOINT,
     CheckpointError,
     PREVIOUS,
-    architecture,
     load_checkpoint,
     save_checkpoint,
     settings_changed,
 )
+from .convert import architecture
 from .coco import CocoDataset
 from .config import Config, holds_run, run_folders
 from .criterion import SetCriterion
