@@ -20,7 +20,7 @@ from typing import Literal
 import tyro
 
 # %% ../nbs/27_config.ipynb #40b74fee
-from .checkpoints import CHECKPOINT, PREVIOUS, finetune, load_checkpoint, newest_checkpoint
+from .checkpoints import CHECKPOINT, PREVIOUS, load_checkpoint, newest_checkpoint
 from .convert import known_architecture
 from .distributed import read_launcher
 from .segmentation import check_mask_flags

@@ -34,7 +34,7 @@ from .backbone import WeightsError
 from .batching import Batch, CachedDataset, collate, make_loader
 from .boxes import cxcywh_to_xyxy
 from .check import quick_check
-from .checkpoints import finetune
+from .pretrained import transfer_weights
 from .coco import CocoDataset, open_coco
 from .config import Config, parse_config
 from .detr import DETR, Predictions
@@ -180,7 +180,7 @@ def start_from_weights(model: DETR | SegmentationDETR, config: Config, names: Se
     if not source:
         return
     keep = config.keep_classes or bool(config.frozen_weights)
-    report = finetune(model.detr if config.masks else model, source, names, keep)
+    report = transfer_weights(model.detr if config.masks else model, source, names, keep)
     logger.info("%s %s: %s", "--finetune" if config.finetune else "--frozen_weights", source, report)
     if config.frozen_weights and (report.fresh or any("anew" in rows for rows in report.partly.values())):
         raise ValueError(f"--frozen_weights {source} has no detector for this data set and these settings: what is "
