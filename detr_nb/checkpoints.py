@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from .coco import sum_of
+from .annotations import sum_of
 from .detr import build_detr
 from .distributed import UserError, get_logger
 

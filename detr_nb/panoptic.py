@@ -26,13 +26,14 @@ from torch import Tensor
 
 from .batching import CachedDataset, Targets
 from .boxes import xyxy_to_xywh
-from .coco import Categories
+from .annotations import Categories
 from .detr import Predictions, at_least_float32
 from .distributed import barrier, gather_objects, get_logger, is_main
 from .panoptic_data import PanopticDataset, Segments, open_panoptic
 from .plots import class_color, show_image, text_color
 from .segmentation import MaskDetections, MaskEvaluator
-from .shapes import boxes_around, dump, ids_to_rgb
+from .shapes import boxes_around
+from .shapes_set import dump, ids_to_rgb
 
 logger = get_logger(__name__)
 

@@ -22,34 +22,36 @@ from pycocotools.coco import COCO
 from torch import Tensor
 
 from .boxes import xyxy_to_xywh
-from detr_nb.coco import (
-    SPLIT_NAMES,
+from detr_nb.annotations import (
     Categories,
-    CocoDataset,
     CocoIndex,
     DataError,
     DataWarning,
     ObjectColumns,
     PackedBytes,
-    Sample,
     field,
     integers,
     listed_areas,
-    missing_files,
     named,
     read_annotations,
     read_boxes,
     read_categories,
     read_crowd,
-    read_image,
     read_image_columns,
-    require_files,
     require_unique,
     rows_of,
     section,
     starts,
-    to_pycocotools,
     without_garbage_collection,
+)
+from detr_nb.coco import (
+    SPLIT_NAMES,
+    CocoDataset,
+    Sample,
+    missing_files,
+    read_image,
+    require_files,
+    to_pycocotools,
     wrong_size,
 )
 from .distributed import get_logger

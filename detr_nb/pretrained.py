@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['COCO_NAMES', 'COCO_STUFF', 'PANOPTIC_CLASSES', 'CLASS_HEAD', 'class_names', 'thing_classes', 'Preprocessing',
-           'Detector', 'load_detector', 'named_model', 'detr_resnet50', 'detr_resnet50_dc5', 'detr_resnet101',
+           'LoadedDetector', 'load_detector', 'named_model', 'detr_resnet50', 'detr_resnet50_dc5', 'detr_resnet101',
            'detr_resnet101_dc5', 'detr_resnet50_panoptic', 'detr_resnet50_dc5_panoptic', 'detr_resnet101_panoptic',
-           'Report', 'class_rows', 'take_queries', 'take_classes', 'finetune']
+           'Report', 'class_rows', 'take_queries', 'take_classes', 'transfer_weights']
 
 # %% ../nbs/22_pretrained.ipynb #22000002
 from collections.abc import Mapping, Sequence
@@ -83,7 +83,7 @@ class Preprocessing(NamedTuple):
     exact: bool = False  # resized through PIL, as the released code does (`--exact_resize`)
 
 
-class Detector(NamedTuple):
+class LoadedDetector(NamedTuple):
     "A model in evaluation mode, and what one must know to use it."
     model: DETR | SegmentationDETR
     names: tuple[str, ...]  # of each class
@@ -95,7 +95,7 @@ class Detector(NamedTuple):
 def load_detector(
     source: str | Path | Mapping,  # a path, an address, a name such as "detr_resnet50", or the loaded checkpoint
     masks: bool = False,  # with the mask head, of ours or of the released code; there must be one
-) -> Detector:
+) -> LoadedDetector:
     "Any checkpoint, of ours, of the released code or of transformers, ready to be used; raises `CheckpointError`."
     contents = read_source(source)
     model = load_model(contents, masks)
@@ -103,9 +103,9 @@ def load_detector(
     names, kinds = class_names(contents, count), thing_classes(contents, count)
     if layout_of(contents) == "detr_nb":
         state = settings_of_ours(contents)
-        return Detector(model, names, tuple(state["classes"]["ids"]), Preprocessing(**state["preprocessing"]), kinds)
+        return LoadedDetector(model, names, tuple(state["classes"]["ids"]), Preprocessing(**state["preprocessing"]), kinds)
     names = names or tuple(f"class {index}" for index in range(count))
-    return Detector(model, names, tuple(range(count)), Preprocessing(800, 1333), kinds)
+    return LoadedDetector(model, names, tuple(range(count)), Preprocessing(800, 1333), kinds)
 
 # %% ../nbs/22_pretrained.ipynb #ff241f70
 def named_model(
@@ -122,7 +122,7 @@ def named_model(
     if num_classes != count:
         raise ValueError(
             f"the released {name} has {count} classes, not {num_classes}: "
-            f"make one without pretrained=True and call finetune(model, {name!r}, names)"
+            f"make one without pretrained=True and call transfer_weights(model, {name!r}, names)"
         )
     return from_released(name, masks=masks)
 
@@ -230,7 +230,7 @@ def take_classes(
 
 # %% ../nbs/22_pretrained.ipynb #a9384a4a
 @torch.no_grad()
-def finetune(
+def transfer_weights(
     model: DETR,  # freshly built; what does not fit stays as it is
     source: str | Path | Mapping,  # as in `load_detector`
     names: Sequence[str],  # of the model's classes

@@ -22,7 +22,8 @@ from torchvision.ops import sigmoid_focal_loss
 
 from .backbone import group_norm
 from .batching import Targets
-from .coco import CocoDataset, PackedBytes, starts
+from .annotations import PackedBytes, starts
+from .coco import CocoDataset
 from .criterion import SetCriterion
 from .detr import DETR, Predictions, at_least_float32
 from .distributed import UserError

@@ -19,7 +19,7 @@ from detr_nb.evaluation import CocoEvaluator, Detections, load_detections, to_co
 from detr_nb.finetune import Vitals, cautions, describe, describe_command, model_flags, suggest, vitals
 from detr_nb.predict import PredictSettings, write_predictions
 
-pytestmark = pytest.mark.filterwarnings("ignore::detr_nb.coco.DataWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::detr_nb.annotations.DataWarning")
 NAMES = {1: "red", 5: "white", 9: "platelet"}  # neither in a row nor in alphabetical order
 QUIET = ["--device", "cpu", "--num_workers", "0", "--report_to", "none", "--fast_dev_run", "--image_size", "96"]
 TINY = [

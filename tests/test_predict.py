@@ -34,7 +34,8 @@ from detr_nb.drawing import PictureError, draw_objects, find_font, read_picture
 from detr_nb.drawing import Result
 from detr_nb.predict import find_pictures, main, predict
 from detr_nb.segmentation import build_segmentation
-from detr_nb.shapes import RUNNING_INDEX, STUFF, draw_scene
+from detr_nb.shapes import STUFF, draw_scene
+from detr_nb.shapes_set import RUNNING_INDEX
 from detr_nb.transforms import Resize
 
 ROOT = Path(__file__).resolve().parent.parent
