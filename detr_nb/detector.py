@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .export import check_onnx, export_onnx
-from .predict import PictureError, Result, Source, open_detector, predict
+from .drawing import PictureError, Result, Source
+from .predict import open_detector, predict
 from .checkpoints import CheckpointError
 from .pretrained import LoadedDetector
 from .segmentation import SegmentationDETR
