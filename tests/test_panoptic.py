@@ -12,14 +12,15 @@ import torch.nn.functional as F
 from PIL import Image
 
 from detr_nb.batching import CachedDataset, make_loader
-from detr_nb.coco import DataError, DataWarning
+from detr_nb.annotations import DataError, DataWarning
 from detr_nb.detr import Predictions, build_detr
 from detr_nb.distributed import Process, UserError, spawn
 from detr_nb.evaluation import evaluate
 from detr_nb.panoptic import PanopticEvaluator, PanopticQuality, PanopticWriter, judge, panoptic_segments
 from detr_nb.panoptic_data import PanopticDataset, Segments, open_panoptic
 from detr_nb.segmentation import MaskCriterion, build_segmentation
-from detr_nb.shapes import CATEGORIES, STUFF, draw_scene, ids_to_rgb, write_shapes
+from detr_nb.shapes import CATEGORIES, STUFF, draw_scene
+from detr_nb.shapes_set import ids_to_rgb, write_shapes
 from detr_nb.transforms import laptop_transform
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools, NumPy 2
