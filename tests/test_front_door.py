@@ -17,7 +17,8 @@ from detr_nb.detr import build_detr
 from detr_nb.distributed import UserError
 from detr_nb.drawing import PictureError
 from detr_nb.segmentation import build_segmentation
-from detr_nb.shapes import CATEGORIES, RUNNING_INDEX, draw_scene
+from detr_nb.shapes import CATEGORIES, draw_scene
+from detr_nb.shapes_set import RUNNING_INDEX
 from detr_nb.shapes_set import write_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
