@@ -23,7 +23,6 @@ import tyro
 from .checkpoints import CHECKPOINT, PREVIOUS, load_checkpoint, newest_checkpoint
 from .convert import known_architecture
 from .distributed import read_launcher
-from .segmentation import check_mask_flags
 
 # %% ../nbs/27_config.ipynb #bc8331c5
 @dataclass(frozen=True)
@@ -274,7 +273,10 @@ def parse_config(argv: list[str]) -> Config:
         raise ValueError(f"--resume {told['resume']} goes on with its own weights, and --finetune {told['finetune']} "
                          "would not be read: leave one out")
     told["resume"] = find_checkpoint(told)
-    check_mask_flags("masks" in told or bool(told["resume"]), told.get("frozen_weights", ""))
+    if told.get("frozen_weights") and not ("masks" in told or told["resume"]):
+        raise ValueError(f"--frozen_weights {told['frozen_weights']} needs --masks: it keeps the whole detector and trains the "
+                         "mask head alone, so without one there is nothing to train. To go on training a detector use "
+                         "--finetune")
     default = default_config(told)
     first = read_launcher(os.environ).rank == 0  # help and errors come once
     with redirect_stdout(sys.stdout if first else StringIO()), redirect_stderr(sys.stderr if first else StringIO()):

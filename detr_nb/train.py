@@ -3,9 +3,8 @@
 # %% auto #0
 __all__ = ['logger', 'open_data', 'first_images', 'open_split', 'train_one_epoch', 'prepare', 'start_from_weights',
            'build_accelerator', 'warn_of_data', 'build_loaders', 'in_memory', 'evaluate_run', 'choose_evaluator',
-           'whole_model', 'main_score', 'describe_scores', 'finish_epoch', 'draw_run', 'pictures_of',
-           'draw_found_boxes', 'draw_found_masks', 'draw_found_segments', 'fit', 'train_or_evaluate', 'main',
-           'plain_errors']
+           'whole_model', 'main_score', 'describe_scores', 'finish_epoch', 'draw_run', 'fit', 'train_or_evaluate',
+           'main', 'plain_errors']
 
 # %% ../nbs/33_train.ipynb #84d42e3a
 import json
@@ -17,14 +16,11 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import UInt8
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -32,12 +28,11 @@ from torch.utils.data import DataLoader
 from .annotations import DataWarning
 from .backbone import WeightsError
 from .batching import Batch, CachedDataset, collate, make_loader
-from .boxes import cxcywh_to_xyxy
 from .check import quick_check
 from .pretrained import transfer_weights
 from .coco import CocoDataset, open_coco
 from .config import Config, parse_config
-from .detr import DETR, Predictions
+from .detr import DETR
 from detr_nb.distributed import (
     Process,
     barrier,
@@ -49,6 +44,7 @@ from detr_nb.distributed import (
     start,
     stop,
 )
+from .drawing import draw_predictions
 from detr_nb.engine import (
     build_criterion,
     build_model,
@@ -58,10 +54,10 @@ from detr_nb.engine import (
     set_rates,
     train_step,
 )
-from .evaluation import CocoEvaluator, evaluate, evaluation_mode, postprocess
-from .panoptic import PanopticEvaluator, PanopticWriter, draw_panoptic, panoptic_segments
+from .evaluation import CocoEvaluator, evaluate, evaluation_mode
+from .panoptic import PanopticEvaluator, PanopticWriter
 from .panoptic_data import open_panoptic
-from .plots import denormalize, image_grid, plot_detections, plot_log, show_image
+from .plots import plot_log
 from .pretrain import train_backbone
 from detr_nb.runs import (
     Run,
@@ -81,7 +77,7 @@ from detr_nb.runs import (
     write_config,
 )
 from .seeding import seed_everything
-from .segmentation import MaskEvaluator, SegmentationDETR, draw_masks, likely_objects, postprocess_masks
+from .segmentation import MaskEvaluator, SegmentationDETR
 from .shapes_set import write_shapes
 
 logger = get_logger(__name__)
@@ -314,59 +310,13 @@ def finish_epoch(run: Run, trained: dict[str, float], started: float) -> None:
 def draw_run(run: Run, model: DETR | SegmentationDETR, images: int = 8) -> None:
     "Write `curves.png` and `predictions.png`."
     plot_log(run.folder).savefig(run.folder / "curves.png", dpi=120)
-    dataset = run.val_loader.dataset
+    dataset, settings = run.val_loader.dataset, {}
     batch = collate([dataset[(0, index)] for index in range(min(images, len(dataset)))]).to(run.process.device)
     with evaluation_mode(model):
         predictions = model(batch.images, batch.padding)
-    segments = partial(draw_found_segments, threshold=run.config.panoptic_threshold)
-    with_masks = segments if run.config.panoptic else draw_found_masks
-    draw = with_masks if run.config.masks else draw_found_boxes
-    draw(predictions, batch, dataset).savefig(run.folder / "predictions.png", dpi=120)
-
-
-def pictures_of(batch: Batch) -> list[UInt8[Tensor, "3 h w"]]:
-    "The images of a batch as one sees them, without padding."
-    pixels = (denormalize(batch.images).cpu() * 255).round().clamp(0, 255).to(torch.uint8)
-    return [image[:, :h, :w] for image, (h, w) in zip(pixels, batch.targets.sizes.tolist(), strict=True)]
-
-
-def draw_found_boxes(predictions: Predictions, batch: Batch, dataset: CocoDataset) -> Figure:
-    "Boxes that were found, and the true ones."
-    targets, sizes = batch.targets, batch.targets.sizes
-    found = postprocess(predictions.logits[-1], predictions.boxes[-1], sizes)
-    scale = sizes.flip(1).repeat(1, 2).repeat_interleave(targets.counts, dim=0)
-    truth = (cxcywh_to_xyxy(targets.boxes) * scale).split(targets.counts.tolist())
-    return plot_detections(pictures_of(batch), found.boxes.cpu(), found.labels.cpu(), found.scores.cpu(),
-                           dataset.categories.names, [boxes.cpu() for boxes in truth])
-
-# %% ../nbs/33_train.ipynb #a932a5f5
-def draw_found_masks(predictions: Predictions, batch: Batch, dataset: CocoDataset) -> Figure:
-    "The masks of the queries that are sure of an object."
-    sure, canvas = likely_objects(predictions), tuple(batch.images.shape[-2:])
-    scores, labels = predictions.logits[-1].softmax(-1)[..., :-1].max(-1)
-    pictures = pictures_of(batch)
-    figure, axes = image_grid(pictures, columns=4)
-    for index, (ax, picture) in enumerate(zip(axes, pictures)):
-        kept, size = sure[index], tuple(picture.shape[1:])
-        masks = postprocess_masks(predictions.masks[index, kept], canvas, size, size)
-        draw_masks(show_image(picture, ax), masks, labels[index, kept], dataset.categories.names, scores[index, kept])
-    return figure
-
-
-def draw_found_segments(
-    predictions: Predictions,
-    batch: Batch,
-    dataset: CocoDataset,
-    threshold: float,  # see `panoptic_segments`
-) -> Figure:
-    "Things and stuff that were found."
-    sizes, pictures, canvas = batch.targets.sizes, pictures_of(batch), tuple(batch.images.shape[-2:])
-    answers = predictions.logits[-1], predictions.masks
-    found = panoptic_segments(*answers, sizes, sizes, dataset.is_thing, threshold, canvas)
-    figure, axes = image_grid(pictures, columns=4)
-    for ax, picture, segments in zip(axes, pictures, found):
-        draw_panoptic(picture, segments, dataset.categories.names, ax)
-    return figure
+    if run.config.panoptic:
+        settings = {"is_thing": dataset.is_thing, "threshold": run.config.panoptic_threshold}
+    draw_predictions(predictions, batch, dataset.categories.names, **settings).save(run.folder / "predictions.png")
 
 # %% ../nbs/33_train.ipynb #6ab45068
 def fit(run: Run) -> None:
