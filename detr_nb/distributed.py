@@ -114,10 +114,9 @@ def read_launcher(environ: Mapping[str, str]) -> Launch:
     else:
         return Launch()
     if not 0 <= launch.rank < launch.world_size:
-        last = f"ranks go from 0 to {launch.world_size - 1}: look at the variables that start the processes"
-        raise UserError(f"{launch.launcher} says that this is process {launch.rank} of {launch.world_size}, but {last}")
+        raise UserError(f"{launch.launcher} says rank {launch.rank} of {launch.world_size}: ranks go from 0, see RANK")
     if launch.master_port < 1:
-        raise UserError(f"nobody can meet at MASTER_PORT {launch.master_port}; for a free one torchrun has --standalone")
+        raise UserError(f"nobody can meet at MASTER_PORT {launch.master_port}; torchrun --standalone finds a free one")
     return launch
 
 # %% ../nbs/00_distributed.ipynb #a1f2874b
@@ -234,8 +233,6 @@ def start(
         torch.cuda.set_device(process.device)
     if launch.world_size > 1 and not dist.is_initialized():
         timeout_s = _read_int(os.environ, "DETR_NB_TIMEOUT_S", 1800) if timeout_s is None else timeout_s
-        if timeout_s <= 0:
-            raise UserError(f"DETR_NB_TIMEOUT_S is {timeout_s}: give the seconds to wait for the other processes")
         _write({name: getattr(launch, field) for field, name in _VARIABLES.items()})  # accelerate and torch read them
         timeout, backend = timedelta(seconds=timeout_s), "nccl" if process.device.type == "cuda" else "gloo"
         store, own = _meet(launch, timeout), {"rank": launch.rank, "world_size": launch.world_size}
@@ -286,8 +283,7 @@ def reduce_mean(x: float | Tensor | dict[str, float | Tensor]) -> Any:
     "The mean over processes of a tensor, a number or a dictionary of them; whole numbers become float."
     if not isinstance(x, dict):
         return reduce_mean({"": x})[""]
-    sums = reduce_sum({key: value * 1.0 for key, value in x.items()})  # in floating point
-    return {key: value / world_size() for key, value in sums.items()}
+    return {key: value / world_size() for key, value in reduce_sum({key: x[key] * 1.0 for key in x}).items()}
 
 # %% ../nbs/00_distributed.ipynb #2225e8c4
 def gather_objects(obj: Any) -> list[Any]:
@@ -370,10 +366,8 @@ def spawn(
 
 # %% ../nbs/00_distributed.ipynb #579c8e90
 @contextmanager
-def user_errors(
-    verbose: bool = False,  # show where it happened as well
-) -> Iterator[None]:
-    "What a user can mend ends the program with its message alone, once for all processes; the rest keeps its traceback."
+def user_errors(verbose: bool = False) -> Iterator[None]:
+    "What a user can mend ends the program with its message, once; `verbose` and all other errors have a traceback."
     try:
         yield
     except (UserError, FloatingPointError) as error:
@@ -411,14 +405,12 @@ def code_version() -> str:
     return sha + ("-dirty" if git(here.parent, "status", "--porcelain", "--untracked-files=no") else "")
 
 # %% ../nbs/00_distributed.ipynb #ad0806ed
-def _asked_threads(environ: Mapping[str, str]) -> int | None:
-    "OMP_NUM_THREADS, if the user set it; torchrun and accelerate write 1 there when their own environment has none."
-    if not environ.get("OMP_NUM_THREADS"):
-        return None
-    threads = _read_int(environ, "OMP_NUM_THREADS")
+def _asked_threads(environ: Mapping[str, str]) -> int:
+    "OMP_NUM_THREADS if the user set it, else 0; torchrun and accelerate write 1 when their own environment has none."
+    threads = _read_int(environ, "OMP_NUM_THREADS", 0)
     if threads == 1 and {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & environ.keys():
         with suppress(psutil.Error):
-            return threads if "OMP_NUM_THREADS" in psutil.Process(os.getppid()).environ() else None
+            return int("OMP_NUM_THREADS" in psutil.Process(os.getppid()).environ())
     return threads
 
 
