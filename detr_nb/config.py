@@ -2,15 +2,20 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'DataConfig', 'ModelConfig', 'LossConfig', 'OptimizerConfig', 'RunConfig', 'Config', 'read_command_line',
-           'describe']
+           'describe', 'code_version', 'write_config']
 
 # %% ../nbs/27_config.ipynb #e451d627
+import functools
+import importlib.metadata
+import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
 from io import StringIO
+from pathlib import Path
 from typing import Any, Literal
 
 import tyro
@@ -280,3 +285,30 @@ def describe(config: Config, preset: str) -> str:
     usual = PRESETS[preset].flat()
     differing = [f"{name} {value!r} ({usual[name]!r})" for name, value in config.flat().items() if value != usual[name]]
     return f"preset {preset}" + (f", but {', '.join(differing)}" if differing else "")
+
+# %% ../nbs/27_config.ipynb #8147cb36
+def _git(*arguments: str) -> str | None:
+    "What git answers about this package's folder; None where it fails or there is no git."
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # a hook's repository
+    command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, env=environ, timeout=30, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+@functools.cache
+def code_version() -> str:
+    "The commit of this package's repository, with -dirty where files differ from it; elsewhere the package's version."
+    if _git("ls-files", "--error-unmatch", "__init__.py") is None:  # not in a repository, or not a part of it
+        try:
+            return importlib.metadata.version("detr_nb")
+        except importlib.metadata.PackageNotFoundError:
+            return "unknown"
+    return (_git("rev-parse", "HEAD") or "no commit yet") + ("-dirty" if _git("status", "--porcelain", "-uno") else "")
+
+
+def write_config(folder: Path, config: Config) -> None:
+    "Write `config.yaml`: every setting, one a line, and the version of the code."
+    lines = [f"{name}: {json.dumps(value)}" for name, value in config.flat().items()]
+    (folder / "config.yaml").write_text("\n".join([*lines, f"code_version: {json.dumps(code_version())}"]) + "\n")

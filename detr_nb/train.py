@@ -6,7 +6,7 @@ __all__ = ['logger', 'open_data', 'check_settings', 'prepare', 'train', 'evaluat
 # %% ../nbs/33_train.ipynb #c547ce66
 import sys
 
-from .config import Config, describe, read_command_line
+from .config import Config, describe, read_command_line, write_config
 
 # %% ../nbs/33_train.ipynb #4e5e56b3
 if __name__ == "__main__" and __package__ == "detr_nb" and {"-h", "--help"} & set(sys.argv):
@@ -33,51 +33,19 @@ from .batching import CachedDataset, collate, make_loader
 from .check import quick_check
 from .coco import CocoDataset, open_coco
 from .detr import DETR
-from detr_nb.distributed import (
-    Process,
-    UserError,
-    barrier,
-    gather_objects,
-    get_logger,
-    set_threads,
-    stage,
-    start,
-    stop,
-    user_errors,
-)
+from .distributed import Process, UserError, barrier, gather_objects, get_logger, set_threads, stage, start
+from .distributed import stop, user_errors
 from .drawing import draw_predictions
-from detr_nb.engine import (
-    NotFinite,
-    build_criterion,
-    build_model,
-    build_optimizer,
-    choose_transform,
-    rate_factor,
-    set_rates,
-    train_step,
-)
+from .engine import build_criterion, build_model, build_optimizer, choose_transform, rate_factor, set_rates
+from .engine import train_step
 from .evaluation import CocoEvaluator, evaluate, evaluation_mode
 from .panoptic import PanopticEvaluator, PanopticWriter
 from .panoptic_data import open_panoptic
 from .plots import plot_log
 from .pretrain import pretrain_backbone
 from .pretrained import transfer_weights
-from detr_nb.runs import (
-    BACKBONE,
-    Run,
-    ask_checkpoint,
-    end_if_asked,
-    listening,
-    log_epoch,
-    log_step,
-    open_run,
-    report_non_finite,
-    resume,
-    save_or_warn,
-    steps_of_epoch,
-    until_asked,
-    write_config,
-)
+from .runs import BACKBONE, Run, ask_checkpoint, end_if_asked, listening, log_epoch, log_step, open_run
+from .runs import report_non_finite, resume, save_or_warn, steps_of_epoch, until_asked
 from .seeding import seed_everything
 from .segmentation import MaskEvaluator, SegmentationDETR
 from .shapes_set import write_shapes
@@ -253,7 +221,7 @@ def train(config: Config) -> Path:
                 rates = set_rates(run.optimizer, rate_factor(run.step, run.steps_per_epoch, config))
                 try:
                     losses, norm = train_step(run.model, run.criterion, run.optimizer, run.accelerator, batches, config)
-                except NotFinite as error:
+                except FloatingPointError as error:
                     raise report_non_finite(run, batches, rates, error) from None
                 run.recent.append((losses["loss"].item(), norm))
                 log_step(run, losses, epoch=run.epoch, step=run.step, lr=rates[0], grad_norm=norm)
