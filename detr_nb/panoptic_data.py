@@ -130,7 +130,7 @@ def _read_file(path: Path) -> _File:
 
 # %% ../nbs/18_panoptic_data.ipynb #3f1520d8
 class PanopticIndex(NamedTuple):
-    "All that we keep of a panoptic file: chapter 07's index, with segments for objects, and what belongs to the PNGs."
+    "All that we keep of a panoptic file: chapter 06's index, with segments for objects, and what belongs to the PNGs."
 
     coco: CocoIndex
     segment_ids: Int[Tensor, "segments"]  # the numbers in the PNGs
