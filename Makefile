@@ -25,7 +25,9 @@ STAMP := $(VENV)/.installed
 THREADS = $(shell echo $$(( $(CORES) > $(WORKERS) ? $(CORES) / $(WORKERS) : 1 )))
 RUN_TESTS = MPLBACKEND=agg OMP_NUM_THREADS=$(THREADS) PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: help env train test test-slow book lint export check clean constraints
+SETTING ?=
+
+.PHONY: help env train test test-slow test-machines book lint export check clean constraints
 
 help: ## this list
 	@echo "detr_nb: a DETR you read, run and train"
@@ -60,6 +62,9 @@ test-slow: env $(RUNS) ## run the slow tests and the slow cells of the chapters 
 	$(RUN_TESTS) nbdev_test --n_workers $(WORKERS) --timing --flags slow; \
 	$(RUN_TESTS) pytest -m ""; \
 	echo "make: all chapters and tests, slow ones too, passed in $$(( SECONDS - start )) s"
+
+test-machines: env ## run what another machine could fail, in settings like those; SETTING=default runs one of them
+	@PATH="$(abspath $(BIN)):$$PATH" python tools/test_machines.py $(SETTING)
 
 # The runs that slow cells read. Their last act is a picture, so who has it has come to the end.
 runs/shapes/predictions.png: | env

@@ -1,5 +1,5 @@
 """The models of the paper for torch.hub: `torch.hub.load("path/to/detr_nb", "detr_resnet50", source="local")`."""
-from detr_nb.checkpoints import (
+from detr_nb.pretrained import (
     detr_resnet50,
     detr_resnet50_dc5,
     detr_resnet50_dc5_panoptic,

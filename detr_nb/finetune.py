@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .checkpoints import RELEASED, CheckpointError, load_checkpoint, load_detector
+from .checkpoints import RELEASED, CheckpointError, load_checkpoint
+from .pretrained import load_detector
 from .coco import CocoDataset, open_coco
 
 # %% ../nbs/32_finetune.ipynb #b465f782

@@ -25,6 +25,11 @@ class Matches(NamedTuple):
     query: Int[Tensor, "P"]  # 0..Q-1
     target: Int[Tensor, "P"]  # position of the object in the packed targets, 0..N-1
 
+    def of_layer(self, layer: int) -> "Matches":
+        "The pairs of one decoder layer."
+        own = self.layer == layer
+        return Matches(*(index[own] for index in self))
+
 # %% ../nbs/14_matcher.ipynb #2d60b02b
 def image_of_target(targets: Targets) -> Int[Tensor, "N"]:
     "The position in the batch of the image that each packed object belongs to."

@@ -10,6 +10,17 @@ settings.register_profile("repeatable", derandomize=True, database=None, deadlin
                           suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repeatable")
 
+# what another machine's instructions, threads, workers or older libraries could change: `make test-machines`
+SENSITIVE = {"test_parity", "test_parity_masks", "test_parity_transforms", "test_evaluation", "test_batching"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    "Mark what `make test-machines` runs."
+    for item in items:
+        if item.path.stem in SENSITIVE or "two_processes" in item.name:
+            item.add_marker(pytest.mark.machines)
+
 
 @pytest.fixture(scope="session")
 def ledger() -> Iterator[Ledger]:

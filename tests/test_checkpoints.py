@@ -11,24 +11,23 @@ import pytest
 import torch
 
 from detr_nb import checkpoints
-from detr_nb.checkpoints import (
-    COCO_NAMES,
-    RELEASED,
-    CheckpointError,
-    Preprocessing,
+from detr_nb.checkpoints import RELEASED, CheckpointError, load_checkpoint, save_checkpoint, settings_changed
+from detr_nb.convert import (
     architecture,
-    detr_resnet50,
-    detr_resnet50_panoptic,
-    finetune,
     from_released,
     from_transformers,
     known_architecture,
-    load_checkpoint,
-    load_detector,
-    save_checkpoint,
-    settings_changed,
     to_released,
     to_transformers,
+)
+from detr_nb.pretrained import (
+    CLASS_HEAD,
+    COCO_NAMES,
+    Preprocessing,
+    detr_resnet50,
+    detr_resnet50_panoptic,
+    transfer_weights,
+    load_detector,
 )
 from detr_nb.detr import DETR, build_detr
 from detr_nb.segmentation import SegmentationDETR, build_segmentation
@@ -541,7 +540,7 @@ def test_a_file_with_code_in_it_is_refused_and_its_code_not_run(tmp_path, write)
     with pytest.raises(CheckpointError, match="evil.pth is not a checkpoint that can be read"):
         load_detector(path)
     with pytest.raises(CheckpointError, match="evil.pth is not a checkpoint that can be read"):
-        finetune(fresh_model(2), path, ["a", "b"])
+        transfer_weights(fresh_model(2), path, ["a", "b"])
     assert not mark.exists()
     torch.load(path, weights_only=False) if path.read_bytes()[:2] == b"PK" else pickle.loads(path.read_bytes())
     assert mark.exists(), "the file of this test does nothing when it is run: the test shows nothing"
@@ -682,7 +681,7 @@ def test_a_name_stands_for_the_file_of_the_released_model(server, monkeypatch):
     assert detector.preprocessing == Preprocessing(800, 1333) and detector.model.backbone.stride == 32
     assert load_detector("detr_resnet50_dc5").model.backbone.stride == 16
     assert_same(to_released(detr_resnet50(pretrained=True))["model"], state)
-    report = finetune(from_released(fill(detector_shapes(**R18), seed=1)), "detr_resnet50", COCO_NAMES)
+    report = transfer_weights(from_released(fill(detector_shapes(**R18), seed=1)), "detr_resnet50", COCO_NAMES)
     assert "detr-r18" in report.source and not report.unused.keys() - {"class_embed.weight", "class_embed.bias"}
 
 
@@ -753,7 +752,7 @@ def fresh_model(num_classes: int, seed: int = 5, **changes) -> DETR:
 def test_all_that_fits_is_taken_and_the_class_head_is_made_anew():
     source = from_released(fill(detector_shapes(**R18)))
     model, untouched = fresh_model(2), fresh_model(2).state_dict()
-    report = finetune(model, to_released(source), ["cell", "platelet"])
+    report = transfer_weights(model, to_released(source), ["cell", "platelet"])
     head = {"class_embed.weight": (3, 32), "class_embed.bias": (3,)}
     assert report.fresh == head and not report.partly and not report.settings
     assert report.unused == {"class_embed.weight": (92, 32), "class_embed.bias": (92,)}
@@ -772,13 +771,13 @@ def test_a_part_of_a_detr_is_enough_to_begin_with(lacks):
     known = known_architecture(source)
     assert known["hidden_dim"] == 32 and known["backbone"] == "resnet18" and known["dec_layers"] == 2
     assert ("num_queries" in known) == ("query_embed.weight" in part) and known.get("num_classes", 91) == 91
-    report = finetune(model, source, ["cell", "platelet"])
+    report = transfer_weights(model, source, ["cell", "platelet"])
     assert "something.else" in report.unused and len(report.loaded) > 100
     assert {name for name in report.fresh if not name.startswith("class_embed.")} == {
         name for name in whole.keys() - part.keys() if not name.startswith("class_embed.")}
     if lacks == "class_embed.":
         with pytest.raises(CheckpointError, match="has no class_embed.weight and class_embed.bias: leave keep_classes"):
-            finetune(model, source, ["cell", "platelet"], keep_classes=True)
+            transfer_weights(model, source, ["cell", "platelet"], keep_classes=True)
 
 
 @pytest.mark.parametrize("lacks, untold", [
@@ -789,7 +788,7 @@ def test_what_the_tensors_do_not_tell_is_left_out_and_not_guessed(lacks, untold)
     part = {name: tensor for name, tensor in whole.items() if not name.startswith(lacks)}
     told, expected = known_architecture(part), known_architecture(whole)
     assert told == {key: value for key, value in expected.items() if key not in untold} and told["norm"] == "frozen"
-    report = finetune(fresh_model(2), part, ["cell", "platelet"])
+    report = transfer_weights(fresh_model(2), part, ["cell", "platelet"])
     assert len(report.loaded) == len(part) - 2 and not report.settings  # all but the class head
     with pytest.raises(CheckpointError):
         load_detector(part)
@@ -798,14 +797,14 @@ def test_what_the_tensors_do_not_tell_is_left_out_and_not_guessed(lacks, untold)
 def test_an_equal_number_of_other_classes_does_not_inherit_the_head():
     source, model = from_released(fill(detector_shapes(**R18, classes=2))), fresh_model(2)
     before = model.class_embed.weight.clone()
-    assert "class_embed.weight" in finetune(model, to_released(source), ["cell", "platelet"]).fresh
+    assert "class_embed.weight" in transfer_weights(model, to_released(source), ["cell", "platelet"]).fresh
     assert torch.equal(model.class_embed.weight, before)
 
 
 def test_rows_of_shared_names_and_of_no_object_are_kept_on_request():
     source, model = from_released(fill(detector_shapes(**R18))), fresh_model(3)
     before = model.class_embed.weight.clone()
-    report = finetune(model, to_released(source), ["Dog", "platelet", "person"], keep_classes=True)
+    report = transfer_weights(model, to_released(source), ["Dog", "platelet", "person"], keep_classes=True)
     dog, person, no_object = COCO_NAMES.index("dog"), COCO_NAMES.index("person"), 91
     assert (dog, person) == (18, 1)
     for part in ("weight", "bias"):
@@ -818,15 +817,15 @@ def test_rows_of_shared_names_and_of_no_object_are_kept_on_request():
 
 def test_classes_of_a_checkpoint_of_ours_are_matched_by_its_names():
     source, model = build_detr(3, "small", pretrained=None, **TINY), build_detr(2, "small", pretrained=None, **TINY)
-    finetune(model, make_state(source), ["bar", "disc"], keep_classes=True)
+    transfer_weights(model, make_state(source), ["bar", "disc"], keep_classes=True)
     assert torch.equal(model.class_embed.weight, source.class_embed.weight[[2, 0, 3]])
 
 
 def test_unnamed_classes_cannot_be_kept_and_unused_ids_are_no_class():
     source = to_released(from_released(fill(detector_shapes(**R18, classes=7))))
     with pytest.raises(CheckpointError, match="does not name its classes"):
-        finetune(fresh_model(1), source, ["person"], keep_classes=True)
-    report = finetune(fresh_model(1), fill(detector_shapes(**R18)), ["N/A"], keep_classes=True)
+        transfer_weights(fresh_model(1), source, ["person"], keep_classes=True)
+    report = transfer_weights(fresh_model(1), fill(detector_shapes(**R18)), ["N/A"], keep_classes=True)
     assert report.partly["class_embed.bias"] == "(2,): the rows of no-object, the others anew"
 
 
@@ -834,7 +833,7 @@ def test_unnamed_classes_cannot_be_kept_and_unused_ids_are_no_class():
 def test_fewer_or_more_queries_take_the_first_ones(queries):
     state, model = fill(detector_shapes(**R18)), fresh_model(2, num_queries=queries)
     before, common = model.query_embed.weight.clone(), min(queries, 10)
-    report = finetune(model, state, ["a", "b"])
+    report = transfer_weights(model, state, ["a", "b"])
     assert torch.equal(model.query_embed.weight[:common], state["query_embed.weight"][:common])
     assert torch.equal(model.query_embed.weight[common:], before[common:])
     assert ("query_embed.weight" in report.partly) == (queries != 10)
@@ -843,14 +842,14 @@ def test_fewer_or_more_queries_take_the_first_ones(queries):
 
 def test_what_no_shape_shows_is_reported():
     state = fill(detector_shapes(**R18))
-    report = finetune(fresh_model(2, nheads=4, dilation=True, norm="batch", temperature=20.0), state, ["a", "b"])
+    report = transfer_weights(fresh_model(2, nheads=4, dilation=True, norm="batch", temperature=20.0), state, ["a", "b"])
     assert report.settings == {"nheads": (8, 4), "dilation": (False, True), "norm": ("frozen", "batch"),
                                "temperature": (10000.0, 20.0)}
-    assert "differs nheads: 8 there, 4 here" in str(report) and not report.fresh.keys() - {*checkpoints.CLASS_HEAD}
+    assert "differs nheads: 8 there, 4 here" in str(report) and not report.fresh.keys() - {*CLASS_HEAD}
 
 
 def test_another_width_or_depth_takes_what_still_fits():
-    report = finetune(fresh_model(2, hidden_dim=16, dec_layers=1), fill(detector_shapes(**R18)), ["a", "b"])
+    report = transfer_weights(fresh_model(2, hidden_dim=16, dec_layers=1), fill(detector_shapes(**R18)), ["a", "b"])
     assert all(name.startswith(("backbone.", "transformer", "bbox_embed")) for name in report.loaded)
     assert report.fresh["query_embed.weight"] == (10, 16) and report.unused["query_embed.weight"] == (10, 32)
     assert report.settings["hidden_dim"] == (32, 16)
@@ -858,7 +857,7 @@ def test_another_width_or_depth_takes_what_still_fits():
 
 def test_the_number_of_names_must_be_the_number_of_classes():
     with pytest.raises(ValueError, match="3 class names for a model of 2 classes"):
-        finetune(fresh_model(2), fill(detector_shapes(**R18)), ["a", "b", "c"])
+        transfer_weights(fresh_model(2), fill(detector_shapes(**R18)), ["a", "b", "c"])
 
 
 # ---- torch.hub
@@ -878,7 +877,7 @@ def test_torch_hub_finds_the_models(name, millions, stride):
 
 
 def test_released_weights_for_other_classes_say_what_to_do():
-    with pytest.raises(ValueError, match=r"finetune\(model, 'detr_resnet50', names\)"):
+    with pytest.raises(ValueError, match=r"transfer_weights\(model, 'detr_resnet50', names\)"):
         detr_resnet50(pretrained=True, num_classes=4)
     with pytest.raises(ValueError, match="detr_resnet50_panoptic has 250 classes, not 91"):
         detr_resnet50_panoptic(pretrained=True, num_classes=91)

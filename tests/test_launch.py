@@ -1,4 +1,4 @@
-"""How a run starts and how it ends: the shipped configurations, the script for SLURM, and processes that fall."""
+"""How a run starts and ends: the shipped configurations, the script for SLURM, the trainer in several processes."""
 
 import itertools
 import json
@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin, prepare_multi_gpu_env
@@ -21,11 +20,10 @@ from PIL import Image
 from test_distributed import clean_environ, open_process, slurm_environ
 
 from detr_nb.batching import make_loader
-from detr_nb.checkpoints import load_detector
+from detr_nb.pretrained import load_detector
 from detr_nb.coco import CocoDataset
 from detr_nb.detr import build_detr
-from detr_nb.distributed import Process, gather_tensors, on_main, read_timeout, spawn
-from detr_nb.evaluation import CocoEvaluator, as_dictionaries, evaluate
+from detr_nb.evaluation import CocoEvaluator, evaluate
 from detr_nb.transforms import paper_transform
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,11 +53,6 @@ def read_config(name: str) -> ClusterConfig:
 def launch_arguments(*arguments: str) -> Namespace:
     "What `accelerate launch` makes of a command line."
     return _validate_launch_command(launch_command_parser().parse_args([*arguments, "train.py"]))[0]
-
-
-def test_there_is_a_configuration_for_each_way_to_train():
-    names = {path.stem for path in ACCELERATE.iterdir()}
-    assert names == {"one_cpu", "two_cpu", "one_gpu", "eight_gpus", "several_nodes", "fsdp"}
 
 
 @pytest.mark.parametrize(
@@ -131,10 +124,10 @@ FAKES = {
     "scontrol": 'echo "scontrol $*" >> "$CALLS"',
     "srun": """
 echo "srun $*" >> "$CALLS"
-trap 'echo "task got USR1" >> "$CALLS"; exit 75' USR1
+trap 'echo "task got USR1" >> "$CALLS"; exit "${CODE#wait }"' USR1
 trap 'echo "tasks were killed" >> "$CALLS"; exit 137' TERM
 echo up > "$UP"
-[ "$CODE" = wait ] || exit "$CODE"
+[ "${CODE% *}" = wait ] || exit "$CODE"
 for _ in $(seq 300); do sleep 0.1; done
 """,
 }
@@ -154,7 +147,7 @@ class Slurm:
             path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
     def start(self, code: str, *arguments: str, restarts: int = 0) -> subprocess.Popen:
-        "The script as SLURM starts it; its program exits with that code, or waits for a signal."
+        "The script as SLURM starts it; its program exits with that code, or upon a signal."
         self.up.unlink(missing_ok=True)
         self.calls.unlink(missing_ok=True)
         environ = clean_environ(SLURM_JOB_ID="4242", SLURM_JOB_NAME="detr", SLURM_RESTART_COUNT=str(restarts))
@@ -174,9 +167,9 @@ def slurm(tmp_path) -> Slurm:
 
 @pytest.mark.parametrize("name", ["USR1", "TERM"])
 def test_a_signal_reaches_the_program_and_the_job_is_queued_again(slurm, name):
-    job = slurm.start("wait", "--coco_path", "data/two words")
+    job = slurm.start("wait 75", "--coco_path", "data/two words")
     job.send_signal(getattr(signal, f"SIG{name}"))
-    output, _ = job.communicate(timeout=20)
+    output, _ = job.communicate(timeout=60)
     started, told, queued = slurm.calls.read_text().splitlines()
     assert job.returncode == 75, output
     assert "python -m detr_nb.train" in started and "--resume auto --coco_path data/two words" in started
@@ -185,10 +178,18 @@ def test_a_signal_reaches_the_program_and_the_job_is_queued_again(slurm, name):
     assert f"got SIG{name}: the program finishes its step" in output and "asks to be queued again" in output
 
 
+def test_after_a_signal_any_other_end_is_queued_again_as_well(slurm):
+    "torchrun and `accelerate launch` end with 1 whatever the program's code was."
+    job = slurm.start("wait 1")
+    job.send_signal(signal.SIGUSR1)
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == 75 and slurm.calls.read_text().splitlines()[-1] == "scontrol requeue 4242", output
+
+
 @pytest.mark.parametrize("code", [0, 1, 137])
 def test_a_run_that_is_done_or_has_failed_is_not_queued_again(slurm, code):
     job = slurm.start(str(code), restarts=2)
-    output, _ = job.communicate(timeout=20)
+    output, _ = job.communicate(timeout=60)
     assert job.returncode == code and f"ended with code {code}" in output and "start number 3" in output
     assert "scontrol" not in slurm.calls.read_text()
 
@@ -202,101 +203,7 @@ def test_slurm_reads_every_option_of_the_script():
     assert any("--requeue" in lines[number] for number in options)
 
 
-# --- one falls, all stop
-
-FALL = """
-import os, sys, time
-from detr_nb.distributed import barrier, fail_together, start, stop
-process = start("cpu")
-with fail_together():
-    barrier()
-    os.write(1, b"ready")
-    if process.rank == FALLS:
-        ERROR
-    WAITS
-stop()
-"""
-SLEEP = "time.sleep(600)"  # whatever the main thread is stuck in
-COLLECTIVE = "barrier()"
-
-
-def fall(error: str, job: int, falls: int, waits: str, tasks: int = 2) -> tuple[list[str], list[int], float]:
-    "Processes as srun starts them, of which one falls: what each said, its exit code, and how long all of it took."
-    program = FALL.replace("ERROR", error or SLEEP).replace("FALLS", str(falls)).replace("WAITS", waits)
-    environs = [slurm_environ(rank, tasks, JOB + job) for rank in range(tasks)]
-    processes = [open_process(environ, "-c", program) for environ in environs]
-    try:
-        assert [process.stdout.read(5) for process in processes] == ["ready"] * tasks
-        if not error:
-            processes[falls].kill()
-        began = time.monotonic()
-        said = [process.communicate(timeout=30)[1] for process in processes]
-        return said, [process.returncode for process in processes], time.monotonic() - began
-    finally:
-        for process in processes:
-            process.kill()
-
-
-@pytest.mark.parametrize(
-    ("falls", "waits", "tasks", "job"),
-    [(1, SLEEP, 2, 0), (0, COLLECTIVE, 2, 1), pytest.param(2, SLEEP, 4, 2, marks=pytest.mark.slow)],
-)
-def test_an_error_on_one_rank_ends_all_within_seconds_and_is_shown_once(falls, waits, tasks, job):
-    said, codes, seconds = fall("raise KeyError('a label')", job, falls, waits, tasks)
-    assert codes == [1] * tasks and seconds < 10, (said, seconds)
-    assert "".join(said).count("Traceback") == 1 and "KeyError: 'a label'" in said[falls]
-    for rank in set(range(tasks)) - {falls}:
-        assert f"rank {rank} of {tasks} ends, because rank {falls} failed, see above" in said[rank]
-
-
-@pytest.mark.parametrize(("falls", "waits", "job"), [(1, COLLECTIVE, 3), (0, SLEEP, 4)])
-def test_a_killed_rank_is_named_by_the_others(falls, waits, job):
-    said, codes, seconds = fall("", job, falls, waits)
-    other = 1 - falls
-    assert codes[falls] == -signal.SIGKILL and codes[other] == 1 and seconds < 10, (said, seconds)
-    assert f"because rank {falls} ended without a word" in said[other] and "Traceback" not in said[other]
-
-
-def test_a_text_is_shown_without_a_traceback_and_only_once_when_all_fail_alike():
-    program = FALL.replace("process.rank == FALLS", "True").replace("ERROR", "sys.exit('no such folder: data')")
-    program = program.replace("WAITS", SLEEP)
-    processes = [open_process(slurm_environ(rank, 2, JOB + 5), "-c", program) for rank in range(2)]
-    said = "".join(process.communicate(timeout=60)[1] for process in processes)
-    assert [process.returncode for process in processes] == [1, 1]
-    assert said.count("no such folder: data") == 1 and "Traceback" not in said
-
-
-def test_an_exit_by_number_passes():
-    said, codes, _ = fall("barrier(); sys.exit(75)", 6, falls=1, waits="barrier(); sys.exit(75)")
-    assert codes == [75, 75], said
-
-
-@pytest.mark.slow
-def test_torchrun_shows_the_one_traceback(tmp_path):
-    script = tmp_path / "fall.py"
-    script.write_text(FALL.replace("FALLS", "1").replace("ERROR", "raise KeyError('a label')").replace("WAITS", SLEEP))
-    command = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script))
-    process, began = open_process(clean_environ(), *command), time.monotonic()
-    _, errors = process.communicate(timeout=100)
-    assert process.returncode != 0 and time.monotonic() - began < 60
-    assert errors.count("KeyError: 'a label'") == 1 and "rank 1 of 2" in errors
-
-
 # --- waiting
-
-
-@pytest.mark.parametrize("text", ["soon", "-1", "0", "nan", "inf"])
-def test_a_time_out_that_is_no_time_is_refused(text):
-    with pytest.raises(ValueError, match=f"DETR_NB_TIMEOUT_S is '{text}'"):
-        read_timeout({"DETR_NB_TIMEOUT_S": text})
-
-
-def test_the_time_out_is_set_by_the_environment_and_the_missing_are_named():
-    environs = [slurm_environ(rank, 4, JOB + 7, DETR_NB_TIMEOUT_S="4") for rank in (0, 2)]
-    processes = [open_process(environ, "-c", "from detr_nb.distributed import *; start('cpu')") for environ in environs]
-    outputs = [process.communicate(timeout=60)[1] for process in processes]
-    assert "waited 4 s for ranks 1, 3, who did not come" in outputs[0]
-
 
 OUTLAST = """
 import time
@@ -315,56 +222,13 @@ def test_work_on_rank_zero_may_outlast_the_time_out_of_collectives():
     assert [process.returncode for process in processes] == [0, 0], outputs
 
 
-class Stubborn(Exception):
-    "For the test below: an error that cannot be unpickled."
-
-    def __init__(self, text: str, number: int):
-        super().__init__(text)
-
-
-def raise_stubborn() -> None:
-    raise Stubborn("on rank zero", 7)
-
-
-def gather_many(process: Process) -> dict:
-    "For the test below: tensors of several types and lengths, and rows that do not fit together."
-    rank, kinds = process.rank, (torch.float32, torch.int64, torch.uint8, torch.float64, torch.bool)
-    found = {"rows": [gather_tensors(torch.full((2 * rank, 3), rank).to(kind)) for kind in kinds]}
-    found["flat"] = gather_tensors(torch.arange(3 - rank))
-    found["nothing"] = gather_tensors(torch.zeros(0, 6))
-    try:
-        gather_tensors(torch.zeros(1, 2 + rank))
-    except ValueError as error:
-        found["unequal"] = str(error)
-    try:
-        on_main(raise_stubborn)
-    except Exception as error:
-        found["error"] = f"{type(error).__name__}: {error}"
-    found["after"] = on_main(lambda: {"scores": torch.ones(2)})["scores"].tolist()
-    return found
-
-
-def test_tensors_of_any_length_are_gathered_and_errors_of_rank_zero_reach_all():
-    results = spawn(gather_many, 3)
-    for result in results:
-        for kind, parts in zip((torch.float32, torch.int64, torch.uint8, torch.float64, torch.bool), result["rows"]):
-            assert [tuple(part.shape) for part in parts] == [(0, 3), (2, 3), (4, 3)]
-            for rank, part in enumerate(parts):
-                assert part.dtype == kind and (part == torch.tensor(rank).to(kind)).all()
-        assert [part.tolist() for part in result["flat"]] == [[0, 1, 2], [0, 1], [0]]
-        assert [tuple(part.shape) for part in result["nothing"]] == [(0, 6)] * 3
-        assert "the rows hold [2, 3, 4] numbers" in result["unequal"]
-        assert "on rank zero" in result["error"] and result["after"] == [1.0, 1.0]
-    assert results[0]["error"].startswith("Stubborn") and results[1]["error"].startswith("RuntimeError: Stubborn")
-
-
 # --- the trainer itself
 
 SMALL = [
     "--enc_layers", "1", "--dec_layers", "2", "--hidden_dim", "64", "--dim_feedforward", "128", "--dropout", "0",
     "--num_queries", "110", "--num_workers", "0", "--no_group_by_shape", "--log_every", "1", "--report_to", "none",
     "--device", "cpu", "--mixed_precision", "no", "--backbone", "small", "--backbone_norm", "group", "--no_pretrained",
-    "--image_size", "96", "--epochs", "3", "--eval_every", "3",
+    "--image_size", "96", "--epochs", "3", "--eval_every", "3", "--optimizer", "adamw",
 ]  # fmt: skip
 
 
@@ -430,11 +294,10 @@ def alone(uneven, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", ["pass", "time.sleep(30)"], ids=["as they are", "one is slow by 30 s"])
-def test_no_objects_here_and_a_hundred_there_give_the_losses_of_one_process(change, alone, uneven, tmp_path):
-    train(tmp_path, arguments_for(tmp_path, uneven, 1), 2, change)
+def test_no_objects_here_and_a_hundred_there_and_a_slow_rank_give_the_losses_of_one_process(alone, uneven, tmp_path):
+    train(tmp_path, arguments_for(tmp_path, uneven, 1), 2, change="time.sleep(30)")
     losses = read_losses(tmp_path)
-    assert len(losses) == 12 and losses == pytest.approx(read_losses(alone), rel=1e-4)
+    assert len(losses) == 12 and losses == pytest.approx(read_losses(alone), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -444,7 +307,7 @@ def test_srun_starts_the_same_run(alone, uneven, tmp_path):
     tasks = [open_process(environ, "-m", "detr_nb.train", *arguments) for environ in environs]
     outputs = [task.communicate(timeout=300) for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], outputs
-    assert read_losses(tmp_path) == pytest.approx(read_losses(alone), rel=1e-4)
+    assert read_losses(tmp_path) == pytest.approx(read_losses(alone), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -460,8 +323,8 @@ def test_one_two_and_four_processes_with_the_same_global_batch_give_the_same_los
         aps.append(json.loads((folder / "run/log.txt").read_text().splitlines()[-1])["test_coco_eval_bbox"])
     assert len(losses[0]) == 20
     for other in (1, 2):
-        assert losses[other] == pytest.approx(losses[0], rel=1e-4)
-        assert aps[other] == pytest.approx(aps[0], abs=1e-6)
+        assert losses[other] == pytest.approx(losses[0], rel=1e-5)
+        assert aps[other] == pytest.approx(aps[0], abs=1e-3)
 
 
 def from_own_detections(checkpoint: Path, uneven: Path, path: Path) -> Path:
@@ -471,7 +334,8 @@ def from_own_detections(checkpoint: Path, uneven: Path, path: Path) -> Path:
     evaluate(model, make_loader(dataset, 4, shuffle=False), evaluator, "cpu")
     content, rng = json.loads((uneven / "annotations.json").read_text()), np.random.default_rng(1)
     content["annotations"] = annotations = []
-    results = list(as_dictionaries(evaluator.results("bbox")))
+    evaluator.write_detections(path)
+    results = json.loads(path.read_text())
     results.sort(key=lambda result: (result["image_id"], -result["score"]))
     for _, of_image in itertools.groupby(results, key=lambda result: result["image_id"]):
         for result in list(of_image)[:100:10]:
@@ -492,14 +356,13 @@ def test_a_checkpoint_has_the_same_twelve_numbers_with_one_two_and_three_process
         numbers.append(json.loads(output[output.index("{\n") :])["test_coco_eval_bbox"])
     assert 0.02 < numbers[0][0] < 0.98
     for other in (1, 2):
-        assert numbers[other] == pytest.approx(numbers[0], abs=1e-6)
+        assert numbers[other] == pytest.approx(numbers[0], abs=1e-3)
 
 
 @pytest.mark.slow
-def test_an_error_in_a_training_ends_it_and_is_shown_once(uneven, tmp_path):
-    began = time.monotonic()
+def test_an_error_in_a_training_ends_it_and_is_shown(uneven, tmp_path):
     with pytest.raises(RuntimeError) as failure:
         train(tmp_path, arguments_for(tmp_path, uneven, 1), 2, change="raise KeyError('a label')")
     errors = str(failure.value)
-    assert time.monotonic() - began < 90
-    assert errors.count("KeyError: 'a label'") == 1 and "rank 1 of 2" in errors, errors
+    root_cause = errors.split("Root Cause")[1]
+    assert "(local_rank: 1)" in root_cause and "KeyError: 'a label'" in root_cause, errors

@@ -10,11 +10,10 @@ from test_parity import CLASSES, build_transformers, coarse_images, list_targets
 from torch import Tensor
 
 from detr_nb.batching import Targets
-from detr_nb.checkpoints import to_transformers
-from detr_nb.criterion import SetCriterion, mask_losses
+from detr_nb.convert import to_transformers
 from detr_nb.detr import Predictions, build_detr
 from detr_nb.matcher import Matches
-from detr_nb.segmentation import ATTENTION_GAIN, SegmentationDETR
+from detr_nb.segmentation import MaskCriterion, MaskHead, SegmentationDETR, mask_losses
 
 transformers = pytest.importorskip("transformers")
 from transformers import DetrForSegmentation  # noqa: E402
@@ -70,7 +69,8 @@ def pair(request: pytest.FixtureRequest) -> Pair:
             if weight.dim() == 1:  # biases and norms are zeros and ones at first
                 weight.add_(0.1 * torch.randn(weight.shape))
         ours.bbox_attention.q_linear.weight.mul_(2)  # look sharply,
-        ours.mask_head.lay1.weight[:, -REDUCED["nheads"] :] *= 8 / ATTENTION_GAIN  # and let it show, as it does trained
+        # and let it show, as it does trained
+        ours.mask_head.lay1.weight[:, -REDUCED["nheads"] :] *= 8 / MaskHead.attention_gain
     dtype, theirs = getattr(torch, precision), build_theirs(name == "DC5")
     theirs.load_state_dict(to_theirs(ours.state_dict(), to_transformers(ours.detr)), strict=True)  # key for key
     return Pair(ours.to(dtype).eval(), theirs.to(dtype), dtype)
@@ -133,7 +133,7 @@ def test_the_masks_make_a_difference(run: Run) -> None:
 
 def test_mask_losses(run: Run, ledger: Ledger) -> None:
     "From each model's own predictions, all pixels of the canvas taken for image, as the released code does."
-    ours = SetCriterion(CLASSES)(run.ours.last_layer(), run.targets)
+    ours = MaskCriterion(CLASSES)(run.ours.last_layer(), run.targets)
     theirs = losses_of_theirs(run.theirs.logits, run.theirs.pred_boxes, run.theirs.pred_masks, run.targets)
     assert ours.keys() == theirs.keys() | {"class_error"}
     for name in ("loss_mask", "loss_dice"):
@@ -143,7 +143,7 @@ def test_mask_losses(run: Run, ledger: Ledger) -> None:
 def test_gradients_of_the_mask_losses(run: Run, ledger: Ledger) -> None:
     "With respect to every weight of mask head and attention maps, and, in double precision, of the detector."
     pair = run.pair
-    ours = SetCriterion(CLASSES)(run.ours.last_layer(), run.targets)
+    ours = MaskCriterion(CLASSES)(run.ours.last_layer(), run.targets)
     theirs = losses_of_theirs(run.theirs.logits, run.theirs.pred_boxes, run.theirs.pred_masks, run.targets)
     head = {name: weight for name, weight in pair.ours.named_parameters() if not name.startswith("detr.")}
     other = dict(pair.theirs.named_parameters())
@@ -173,7 +173,7 @@ def test_the_criterion_on_equal_masks(counts: list[int], dtype: torch.dtype, led
     boxes = torch.rand(1, len(counts), 8, 4, generator=generator, dtype=dtype) * 0.5 + 0.2
     masks = 3 * torch.randn(len(counts), 8, 9, 13, generator=generator, dtype=dtype)
     targets = make_masks(make_targets(counts, dtype, num_classes=5), 33, 50, dtype)
-    ours = SetCriterion(5)(Predictions(logits, boxes, masks), targets)
+    ours = MaskCriterion(5)(Predictions(logits, boxes, masks), targets)
     theirs = losses_of_theirs(logits[0], boxes[0], masks, targets)
     for name in ("loss_mask", "loss_dice"):
         ledger.compare(name, ours[name], theirs[name], TRANSFORMERS)
@@ -187,8 +187,8 @@ def test_their_mask_losses_on_padding(ledger: Ledger) -> None:
     alone = make_masks(make_targets([1], torch.float32), 32, 32, torch.float32)
     margin = F.pad(masks, (0, 8))
     together = alone._replace(masks=F.pad(alone.masks, (0, 32)))
-    ours = torch.stack(mask_losses(masks, alone, only)), torch.stack(mask_losses(margin, together, only))
-    released = torch.stack(mask_losses(margin, together._replace(sizes=torch.tensor([[32, 64]])), only))
+    ours = mask_losses(masks, alone, only), mask_losses(margin, together, only)
+    released = mask_losses(margin, together._replace(sizes=torch.tensor([[32, 64]])), only)
     change = float((released / ours[0] - 1).abs().max())
     # cells at the edge are enlarged with their neighbours on the padding, so the last pixels move a little
     assert (ours[1] / ours[0] - 1).abs().max() < 0.02 and change > 0.2

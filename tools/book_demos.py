@@ -1,0 +1,96 @@
+"""What the book's chapters let other processes do: a new Python can import only what stands in a file."""
+import logging
+import random
+import sys
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from detr_nb.distributed import (
+    Process,
+    barrier,
+    gather_objects,
+    gather_tensors,
+    get_logger,
+    on_main,
+    reduce_mean,
+    reduce_sum,
+)
+from detr_nb.seeding import sample_rng, seed_everything
+
+
+def describe_process(process: Process) -> dict[str, Any]:
+    "Say who this is, what it holds, and what all processes hold together."
+    logging.basicConfig(stream=sys.stdout, format="logged: %(message)s", level=logging.INFO)
+    mine = {"loss": 0.5 + process.rank, "objects": torch.tensor([1, 2, 3]) * 10**process.rank}
+    together = reduce_sum(mine)
+    print(f"I am rank {process.rank} of {process.world_size}, number {process.local_rank} on this host, "
+          f"on the {process.device}, backend {dist.get_backend()}\n  I hold  {mine}\n  we hold {together}")
+    get_logger("detr_nb.demonstration").info("only rank 0 says this")
+    return {
+        "mine": mine,
+        "together": together,
+        "mean": reduce_mean(mine),
+        "everybody": gather_objects(f"rank {process.rank} with {process.rank + 1} detections"),
+        "rows": gather_tensors(torch.full((process.rank + 1, 2), float(process.rank))),  # one row on rank 0, two on 1
+        "told": on_main(lambda: f"rank {process.rank} says so"),
+    }
+
+
+def gradient_share(
+    process: Process, inputs: Float[Tensor, "N D"], targets: Float[Tensor, "N"], weights: Float[Tensor, "D"]
+) -> dict[str, Any]:
+    "The mean gradient by hand and by DistributedDataParallel; then a call that one process skips."
+    share = slice(process.rank, None, process.world_size)  # every second example
+    model = torch.nn.Linear(weights.numel(), 1, bias=False)
+    model.weight.data = weights[None].clone()
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    gradients = {}
+    for name, forward in (("by hand", model), ("DistributedDataParallel", wrapped)):
+        model.zero_grad()
+        (forward(inputs[share])[:, 0] - targets[share]).square().mean().backward()
+        gradients[name] = reduce_mean(model.weight.grad[0]) if name == "by hand" else model.weight.grad[0].clone()
+    impatient = dist.new_group(timeout=timedelta(seconds=1))
+    error = None
+    if process.rank == 0:
+        try:
+            dist.all_reduce(torch.ones(1), group=impatient)  # rank 1 does not call this
+        except RuntimeError as caught:
+            error = str(caught)
+    barrier()  # rank 1 waits here, to be alive and merely absent
+    return {"gradients": gradients, "error": error}
+
+
+def draw_on_rank(process: Process, seed: int) -> dict[str, list[float]]:
+    "What one process draws for its weights, its order of images and its dropout."
+    seed_everything(seed, process.rank)
+    model = torch.nn.Linear(3, 1, bias=False)
+    drawn = model.weight[0].tolist()
+    torch.nn.parallel.DistributedDataParallel(model)
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
+    dropout = torch.nn.functional.dropout(torch.ones(10), p=0.5)
+    agreed = model.weight[0].tolist()
+    return {"drawn weights": drawn, "weights": agreed, "order": order.tolist(), "dropout": dropout.tolist()}
+
+
+class Dice(Dataset):
+    "Sample i is four throws of 0..99, from four generators."
+
+    sources = ("random", "numpy", "dataset.rng", "sample_rng")
+
+    def __init__(self, size: int, seed: int = 0):
+        self.size, self.seed, self.epoch, self.rng = size, seed, 0, np.random.default_rng(seed)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        old = np.random.randint(100)  # noqa: NPY002
+        new = sample_rng(self.seed, self.epoch, index).integers(100)
+        return torch.tensor([random.randrange(100), old, self.rng.integers(100), new])
