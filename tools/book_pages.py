@@ -13,6 +13,8 @@ MENDS = (
     (r'(<button class="[^"]*search-button-field[^>]*?) aria-label="Search"', r"\1"),  # it is labelled by what it shows
     (r'role="doc-biblioentry"', 'role="listitem"'),  # a list may hold nothing else
     (r'<div (class="sidebar-primary-item">\s*<a class="navbar-brand)', r'<div role="banner" \1'),  # all belongs to a region
+    (r"console\.log\(", "void("),  # a reader's console is not ours
+    (r"<table(?! tabindex)", '<table tabindex="0"'),  # who has no mouse scrolls by the keyboard
     (r"<th[^>]*>\s*(?:<p>\s*</p>)?\s*</th>", "<td></td>"),  # a header that says nothing
 )
 
