@@ -1,7 +1,9 @@
 """The models of the paper for torch.hub: `torch.hub.load("path/to/detr_nb", "detr_resnet50", source="local")`."""
 from detr_nb import convert, detr, distributed, segmentation  # modules, since torch.hub offers whatever can be called
 
-dependencies = ["torch", "torchvision", "numpy", "scipy", "PIL", "jaxtyping", "matplotlib", "pycocotools", "psutil", "tyro"]
+dependencies = [
+    "torch", "torchvision", "numpy", "scipy", "PIL", "jaxtyping", "matplotlib", "pycocotools", "psutil", "tyro", "msgspec",
+]
 
 
 def _build(name: str, pretrained: bool, num_classes: int) -> detr.DETR | segmentation.SegmentationDETR:
