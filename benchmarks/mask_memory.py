@@ -10,7 +10,6 @@ import sys
 
 import torch
 
-from detr_nb import segmentation
 from detr_nb.detr import build_detr
 from detr_nb.segmentation import build_segmentation
 
@@ -24,9 +23,9 @@ CASES = {  # masks that are kept of an image's 100, and how many are painted at 
 
 def run(kept: int, at_once: int) -> float:
     "Gigabytes at most, for one image."
-    segmentation.AT_ONCE = at_once
     torch.manual_seed(0)
     model = build_segmentation(build_detr(91, "resnet50", pretrained=None)).eval()
+    model.at_once = at_once
     chosen = torch.arange(100)[None] < kept
     with torch.inference_mode():
         images = torch.randn(1, 3, 800, 1088)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from detr_nb.panoptic import PanopticQuality, panoptic_segments
 from detr_nb.panoptic_data import PanopticDataset, Segments
-from detr_nb.shapes import dump, ids_to_rgb
+from detr_nb.shapes_set import dump, ids_to_rgb
 
 HEIGHT, WIDTH, NUM_CLASSES, NUM_THINGS, NUM_IMAGES = 480, 640, 133, 80, 100
 

@@ -2,40 +2,25 @@
 
 # %% auto #0
 __all__ = ['CATEGORIES', 'STUFF', 'Points', 'SHAPES', 'Color', 'Window', 'MIN_VISIBLE', 'SIZES', 'NUM_OBJECTS', 'CROWD_CHANCE',
-           'SPLITS', 'RUNNING_INDEX', 'STEPS', 'FIRST_IMAGE_ID', 'logger', 'VERSION', 'Drawn', 'FOLDERS', 'Scene',
-           'Pose', 'to_shape_frame', 'disc', 'ring', 'rectangle', 'triangle', 'cross', 'star', 'line_distance',
-           'signed_distance', 'smooth_noise', 'texture', 'random_color', 'nearby_color', 'blend', 'draw_regions',
-           'draw_ground', 'window', 'contrasting_color', 'fill_pattern', 'paint', 'keeps_others_visible', 'random_pose',
-           'Canvas', 'place_crowd', 'scene_rng', 'draw_scene', 'finish', 'boxes_around', 'outline_steps', 'trace_loops',
-           'is_hole', 'polygons_of', 'run_lengths', 'ids_to_rgb', 'rgb_to_ids', 'segment_id', 'segments_of', 'to_xywh',
-           'panoptic_map', 'scene_annotations', 'write_scene', 'map_in_processes', 'dump', 'number_annotations',
-           'write_annotations', 'write_job', 'fill_folder', 'is_complete', 'check_replaceable', 'move_into_place',
-           'remove_old_drafts', 'write_shapes']
+           'SPLITS', 'logger', 'Scene', 'Pose', 'to_shape_frame', 'disc', 'ring', 'rectangle', 'triangle', 'cross',
+           'star', 'line_distance', 'signed_distance', 'smooth_noise', 'texture', 'random_color', 'nearby_color',
+           'blend', 'draw_regions', 'draw_ground', 'window', 'contrasting_color', 'fill_pattern', 'paint',
+           'keeps_others_visible', 'random_pose', 'Canvas', 'place_crowd', 'scene_rng', 'draw_scene', 'finish',
+           'boxes_around', 'map_in_processes']
 
-# %% ../nbs/04_shapes.ipynb #99408007
-import contextlib
-import json
+# %% ../nbs/04_shapes.ipynb #691f9304
 import logging
 import multiprocessing
-import os
-import shutil
-import time
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
-from tqdm import tqdm
-
-from .distributed import is_main
 
 # %% ../nbs/04_shapes.ipynb #97cfd727
 CATEGORIES = {1: "disc", 2: "rectangle", 4: "triangle", 7: "star", 8: "ring", 11: "cross"}
@@ -392,153 +377,6 @@ def boxes_around(masks: Bool[np.ndarray, "N H W"]) -> Int[np.ndarray, "N 4"]:
     bottom = rows.shape[1] - rows[:, ::-1].argmax(1)
     return np.stack([left, top, right, bottom], axis=1)
 
-# %% ../nbs/04_shapes.ipynb #29a5e4d4
-RUNNING_INDEX = 8  # of the scene, seed 0, split "train", that the chapters explain things on
-
-# %% ../nbs/04_shapes.ipynb #3facf90c
-STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))  # right, down, left, up: each a right turn after the one before
-
-
-def outline_steps(mask: Bool[np.ndarray, "H W"]) -> set[tuple[int, int, int]]:
-    "The pixel edges between inside and outside as (x, y, direction), walked with the inside on the right hand."
-    padded = np.pad(mask, 1)
-    inside, steps = padded[1:-1, 1:-1], set()
-    for direction, (neighbour, x, y) in enumerate((
-        (padded[:-2, 1:-1], 0, 0),  # nothing above: walk right along the upper edge
-        (padded[1:-1, 2:], 1, 0),  # nothing to the right: walk down
-        (padded[2:, 1:-1], 1, 1),  # nothing below: walk left
-        (padded[1:-1, :-2], 0, 1),  # nothing to the left: walk up
-    )):
-        rows, columns = np.nonzero(inside & ~neighbour)
-        steps.update((c + x, r + y, direction) for r, c in zip(rows.tolist(), columns.tolist()))
-    return steps
-
-# %% ../nbs/04_shapes.ipynb #33ff692e
-def trace_loops(mask: Bool[np.ndarray, "H W"]) -> list[list[tuple[int, int]]]:
-    "The closed outlines of a mask as corner points: outer ones clockwise on the screen, those of holes against it."
-    steps, loops = outline_steps(mask), []
-    while steps:
-        x, y, direction = first = min(steps)
-        corners, turned = [], None
-        while (x, y, direction) in steps:
-            steps.remove((x, y, direction))
-            if direction != turned:
-                corners.append((x, y))
-            turned = direction
-            x, y = x + STEPS[direction][0], y + STEPS[direction][1]
-            # a right turn where there is one: pixels that touch only at a corner stay apart
-            ahead = ((direction + turn) % 4 for turn in (1, 0, 3))
-            direction = next((d for d in ahead if (x, y, d) in steps), direction)
-        if first[2] == turned:  # the walk began in the middle of a straight line
-            corners.pop(0)
-        loops.append(corners)
-    return loops
-
-# %% ../nbs/04_shapes.ipynb #04b8c1c8
-def is_hole(corners: list[tuple[int, int]]) -> bool:
-    "Whether an outline runs against the clock: its signed area (shoelace formula, y downwards) is negative."
-    return sum(x * v - u * y for (x, y), (u, v) in zip(corners, corners[1:] + corners[:1])) < 0
-
-
-def polygons_of(mask: Bool[np.ndarray, "H W"]) -> list[list[int]]:
-    "COCO polygons [x, y, x, y, ...] of a mask, exact to the pixel; a mask with a hole is cut in two through the hole."
-    loops = trace_loops(mask)
-    hole = next((loop for loop in loops if is_hole(loop)), None)
-    if hole is None:
-        return [[value for corner in loop for value in corner] for loop in loops]
-    cut = (min(x for x, _ in hole) + max(x for x, _ in hole)) // 2
-    left, right = mask.copy(), mask.copy()
-    left[:, cut:] = False
-    right[:, :cut] = False
-    return polygons_of(left) + polygons_of(right)
-
-# %% ../nbs/04_shapes.ipynb #e1ee6cb1
-def run_lengths(mask: Bool[np.ndarray, "H W"]) -> dict:
-    "COCO's uncompressed run lengths: pixels counted down the columns, first those outside, then inside, and so on."
-    pixels = np.concatenate([[False], mask.flatten(order="F"), [False]])
-    changes = np.flatnonzero(pixels[1:] != pixels[:-1])
-    counts = np.diff(np.concatenate([[0], changes, [mask.size]]))
-    if counts[-1] == 0 and len(counts) > 1:
-        counts = counts[:-1]
-    return {"size": list(mask.shape), "counts": counts.tolist()}
-
-# %% ../nbs/04_shapes.ipynb #e79b68e3
-def ids_to_rgb(ids: Int[np.ndarray, "H W"]) -> UInt8[np.ndarray, "H W 3"]:
-    "Panoptic ids as a picture: id = R + 256 G + 65536 B."
-    return np.stack([ids >> shift & 255 for shift in (0, 8, 16)], axis=-1).astype(np.uint8)
-
-
-def rgb_to_ids(picture: UInt8[np.ndarray, "H W 3"]) -> Int[np.ndarray, "H W"]:
-    "The other way round."
-    return picture.astype(np.int64) @ np.array([1, 256, 65536])
-
-# %% ../nbs/04_shapes.ipynb #9887dfc7
-def segment_id(number: int) -> int:  # 1, 2, ... in the image
-    "A distinct id below 2^24 for each segment of an image, whose colour differs from its neighbours'."
-    return number * 0x9E3779B1 % 2**24  # an odd factor maps the 24-bit numbers one to one
-
-# %% ../nbs/04_shapes.ipynb #e2da47b5
-def segments_of(scene: Scene) -> list[tuple[int, Bool[np.ndarray, "H W"], bool]]:
-    "Category id, pixels and crowd flag of each thing, then of the stuff that is seen between them."
-    thing_ids = list(CATEGORIES)
-    labels, masks = scene.labels.tolist(), scene.masks.numpy()
-    things = [(thing_ids[k], mask, crowd) for k, mask, crowd in zip(labels, masks, scene.crowd.tolist())]
-    free = ~masks.any(0)
-    stuff = [(category_id, free & (scene.stuff.numpy() == k), False) for k, category_id in enumerate(STUFF)]
-    return things + [segment for segment in stuff if segment[1].any()]
-
-
-def to_xywh(x1: float, y1: float, x2: float, y2: float) -> list[int]:
-    "A COCO box: left, top, width, height."
-    return [int(x1), int(y1), int(x2 - x1), int(y2 - y1)]
-
-# %% ../nbs/04_shapes.ipynb #872bb373
-def panoptic_map(scene: Scene) -> tuple[Int[np.ndarray, "H W"], list[dict]]:
-    "The segment id of each pixel, none of them 0 (void), and one entry for each segment, as in COCO's panoptic JSON."
-    segments = segments_of(scene)
-    boxes = boxes_around(np.stack([mask for _, mask, _ in segments])).tolist()
-    ids, entries = np.zeros(scene.stuff.shape, dtype=np.int64), []
-    for number, ((category_id, mask, crowd), box) in enumerate(zip(segments, boxes), start=1):
-        ids[mask] = segment_id(number)
-        entries.append({
-            "id": segment_id(number), "category_id": category_id, "area": int(mask.sum()),
-            "bbox": to_xywh(*box), "iscrowd": int(crowd),
-        })
-    return ids, entries
-
-# %% ../nbs/04_shapes.ipynb #59b7431c
-def scene_annotations(scene: Scene, image_id: int) -> list[dict]:
-    "The scene's objects as COCO annotations; `id` is given when all images are drawn."
-    category_ids, boxes = list(CATEGORIES), [to_xywh(*box) for box in scene.boxes.tolist()]
-    return [
-        {
-            "id": None,
-            "image_id": image_id,
-            "category_id": category_ids[label],
-            "bbox": box,
-            "area": int(mask.sum()),
-            "iscrowd": int(crowd),
-            "segmentation": run_lengths(mask) if crowd else polygons_of(mask),
-        }
-        for label, box, mask, crowd in zip(scene.labels.tolist(), boxes, scene.masks.numpy(), scene.crowd.tolist())
-    ]
-
-# %% ../nbs/04_shapes.ipynb #7ef8bd75
-FIRST_IMAGE_ID = {"train": 1, "val": 500_001}
-
-
-def write_scene(root: Path, seed: int, split: str, index: int) -> tuple[dict, list[dict], dict]:
-    "Draw one scene, write its picture and its panoptic PNG, and return what the annotation files say of it."
-    scene = draw_scene(seed, index, split)
-    image_id = FIRST_IMAGE_ID[split] + index
-    ids, segments = panoptic_map(scene)
-    image = Image.fromarray(scene.image.numpy().transpose(1, 2, 0))
-    image.save(root / f"{split}2017" / f"{image_id:012d}.jpg", quality=95, subsampling=0)
-    Image.fromarray(ids_to_rgb(ids)).save(root / f"panoptic_{split}2017" / f"{image_id:012d}.png")
-    entry = {"id": image_id, "file_name": f"{image_id:012d}.jpg", "height": image.height, "width": image.width}
-    panoptic = {"image_id": image_id, "file_name": f"{image_id:012d}.png", "segments_info": segments}
-    return entry, scene_annotations(scene, image_id), panoptic
-
 # %% ../nbs/04_shapes.ipynb #f27c2972
 logger = logging.getLogger(__name__)
 
@@ -558,129 +396,3 @@ def map_in_processes(function: Callable, items: list, num_workers: int) -> Itera
         finally:
             pool.shutdown(cancel_futures=True)
     yield from map(function, items[done:])
-
-# %% ../nbs/04_shapes.ipynb #ce761bd1
-VERSION = 1  # of the pictures; with another number `write_shapes` draws them anew
-Drawn = tuple[dict, list[dict], dict]  # an image's entry, its annotations, its panoptic entry
-
-
-def dump(value: dict, path: Path) -> None:
-    "Write JSON without spaces: the files are read by programs."
-    path.write_text(json.dumps(value, separators=(",", ":")))
-
-
-def number_annotations(drawn: list[Drawn]) -> None:
-    "Give the annotations of all images, in their order, the ids 1, 2, ..."
-    annotations = (annotation for _, found, _ in drawn for annotation in found)
-    for number, annotation in enumerate(annotations, start=1):
-        annotation["id"] = number
-
-# %% ../nbs/04_shapes.ipynb #7601b067
-def write_annotations(root: Path, split: str, drawn: list[Drawn]) -> None:
-    "The instances and the panoptic JSON of a split."
-    info = {"description": "detr_nb shapes, drawn by code", "version": str(VERSION)}
-    things = [{"id": key, "name": name, "supercategory": "shape"} for key, name in CATEGORIES.items()]
-    stuff = [{"id": key, "name": name, "supercategory": "texture", "isthing": 0} for key, name in STUFF.items()]
-    common = {"info": info, "licenses": [], "images": [entry for entry, _, _ in drawn]}
-    instances = {"annotations": [annotation for _, found, _ in drawn for annotation in found], "categories": things}
-    panoptic = {
-        "annotations": [entry for _, _, entry in drawn],
-        "categories": [{**thing, "isthing": 1} for thing in things] + stuff,
-    }
-    dump({**common, **instances}, root / "annotations" / f"instances_{split}2017.json")
-    dump({**common, **panoptic}, root / "annotations" / f"panoptic_{split}2017.json")
-
-# %% ../nbs/04_shapes.ipynb #4c4c8e2d
-FOLDERS = ("train2017", "val2017", "panoptic_train2017", "panoptic_val2017", "annotations")
-
-
-def write_job(root: Path, seed: int, job: tuple[str, int]) -> Drawn:
-    "`write_scene` with a single argument that changes, as a pool of processes wants it."
-    return write_scene(root, seed, *job)
-
-# %% ../nbs/04_shapes.ipynb #14a8ebe6
-def fill_folder(root: Path, manifest: dict, num_workers: int | None) -> None:
-    "Write all files of the data set; `shapes.json` last."
-    for name in FOLDERS:
-        (root / name).mkdir(parents=True)
-    counts = {"train": manifest["num_train"], "val": manifest["num_val"]}
-    jobs = [(split, index) for split, count in counts.items() for index in range(count)]
-    if num_workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        num_workers = min(cores, 16, len(jobs) // 250)  # a process takes as long to start as 250 scenes to draw
-    results = map_in_processes(partial(write_job, root, manifest["seed"]), jobs, num_workers)
-    drawn = list(tqdm(results, total=len(jobs), desc="drawing shapes", unit="image", disable=not is_main()))
-    number_annotations(drawn)
-    write_annotations(root, "train", drawn[: counts["train"]])
-    write_annotations(root, "val", drawn[counts["train"] :])
-    dump(manifest, root / "shapes.json")
-
-# %% ../nbs/04_shapes.ipynb #9ce901ad
-def is_complete(root: Path, manifest: dict) -> bool:
-    "Whether the folder holds this very data set, by its `shapes.json`, and none of its parts was removed."
-    try:
-        written = json.loads((root / "shapes.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return written == manifest and all((root / name).is_dir() for name in FOLDERS)
-
-
-def check_replaceable(root: Path) -> None:
-    "Raises FileExistsError when there is something that `write_shapes` did not write."
-    found = sorted(path.name for path in root.iterdir()) if root.is_dir() else [root.name] if root.exists() else []
-    foreign = [name for name in found if name not in (*FOLDERS, "shapes.json")]
-    if foreign or (found and "shapes.json" not in found):
-        raise FileExistsError(
-            f"{root} holds something else than a shapes data set ({', '.join(foreign[:3]) or 'no shapes.json'}); "
-            "it is left alone: choose another folder, or remove it yourself"
-        )
-
-# %% ../nbs/04_shapes.ipynb #9ba478ba
-def move_into_place(draft: Path, root: Path, manifest: dict) -> None:
-    "Rename the finished draft; where another process was faster with the same set, keep that one."
-    for _ in range(10):
-        try:
-            draft.rename(root)
-            return
-        except OSError:  # something is there
-            if is_complete(root, manifest):
-                return
-            check_replaceable(root)
-            old = root.parent / f".{root.name}-{uuid.uuid4().hex[:8]}.old"
-            with contextlib.suppress(FileNotFoundError):  # another process was faster here, too
-                root.rename(old)
-            shutil.rmtree(old, ignore_errors=True)
-    raise OSError(f"could not move the drawn data set from {draft} to {root}; is {root.parent} writable?")
-
-
-def remove_old_drafts(root: Path, older_than_s: float = 3600) -> None:
-    "Remove what killed processes left beside the folder."
-    for ending in ("draft", "old"):
-        for path in root.parent.glob(f".{root.name}-????????.{ending}"):
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > older_than_s:
-                    shutil.rmtree(path, ignore_errors=True)
-
-# %% ../nbs/04_shapes.ipynb #93ebec01
-def write_shapes(
-    root: str | Path,  # the folder to make
-    num_train: int = 5000,
-    num_val: int = 500,
-    seed: int = 0,
-    num_workers: int | None = None,  # processes that draw; None: as many as the cores and the work suggest
-) -> Path:
-    "Draw the data set into `root` in COCO layout, or do nothing when it is there; raises FileExistsError."
-    root = Path(root).absolute()
-    manifest = {"version": VERSION, "seed": seed, "num_train": num_train, "num_val": num_val}
-    if is_complete(root, manifest):
-        return root
-    check_replaceable(root)
-    root.parent.mkdir(parents=True, exist_ok=True)
-    remove_old_drafts(root)
-    draft = root.parent / f".{root.name}-{uuid.uuid4().hex[:8]}.draft"
-    try:
-        fill_folder(draft, manifest, num_workers)
-        move_into_place(draft, root, manifest)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)  # nothing is left of it when all went well
-    return root

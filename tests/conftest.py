@@ -11,15 +11,14 @@ settings.register_profile("repeatable", derandomize=True, database=None, deadlin
 settings.load_profile("repeatable")
 
 # what another machine's instructions, threads, workers or older libraries could change: `make test-machines`
-SENSITIVE = {"test_parity", "test_parity_masks", "test_parity_transforms", "test_batching", "test_evaluation",
-             "test_segmentation", "test_train"}
+SENSITIVE = {"test_parity", "test_parity_masks", "test_parity_transforms", "test_evaluation", "test_batching"}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     "Mark what `make test-machines` runs."
     for item in items:
-        if item.path.stem in SENSITIVE:
+        if item.path.stem in SENSITIVE or "two_processes" in item.name:
             item.add_marker(pytest.mark.machines)
 
 

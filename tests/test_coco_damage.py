@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from detr_nb import coco
-from detr_nb.coco import CocoIndex, DataError, DataWarning, read_index
+from detr_nb.annotations import CocoIndex, DataError, DataWarning, read_index
 
 
 @st.composite

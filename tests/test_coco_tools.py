@@ -19,18 +19,10 @@ import torch
 from PIL import Image
 
 from detr_nb import coco_tools
-from detr_nb.coco import CocoDataset, quick_check, read_image
-from detr_nb.coco_tools import (
-    Archive,
-    DownloadError,
-    check_coco,
-    check_split,
-    coco_command,
-    download_coco,
-    look_at_image,
-    space_needed,
-    unpack,
-)
+from detr_nb.check import quick_check
+from detr_nb.coco import CocoDataset, read_image
+from detr_nb.check import check_coco, check_split, look_at_image
+from detr_nb.download import Archive, DownloadError, coco_command, download_coco, space_needed, unpack
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [

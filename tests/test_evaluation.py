@@ -16,7 +16,7 @@ from detr_nb.batching import Batch, Targets, make_loader
 from detr_nb.coco import CocoDataset
 from detr_nb.criterion import SetCriterion
 from detr_nb.detr import Predictions
-from detr_nb.distributed import Process, spawn
+from detr_nb.distributed import Process, UserError, spawn
 from detr_nb.evaluation import CocoEvaluator, Detections, evaluate, postprocess, score
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools, NumPy 2
@@ -75,7 +75,7 @@ def strange_image_on_one(process: Process, dataset: CocoDataset) -> str:
     evaluator.update(torch.tensor([image_id]), make_detections(dataset, 0))
     try:
         evaluator.compute()
-    except ValueError as error:
+    except UserError as error:
         return str(error)
     return "accepted"
 
@@ -102,11 +102,13 @@ def by_three(folder: Path) -> list[dict]:
     return spawn(run_loop, 3, folder, 2)
 
 
-@pytest.mark.parametrize("case", ["unequal shares", "images seen twice", "nothing on rank 0"])
-def test_two_processes_give_the_numbers_of_one(folder: Path, by_two: list[dict], case: str) -> None:
+def test_two_processes_give_the_numbers_of_one(folder: Path, by_two: list[dict], capsys) -> None:
+    "To the last bit, since the detections are the same; and pycocotools' prints are not heard."
     alone = run_on(load(folder), range(NUM_IMAGES))
+    assert capsys.readouterr() == ("", "")
     assert 0 < alone["coco_eval_bbox"][0] < 1 and alone["images"] == NUM_IMAGES
-    assert by_two[0][case] == by_two[1][case] == alone
+    for case in ("unequal shares", "images seen twice", "nothing on rank 0"):
+        assert by_two[0][case] == by_two[1][case] == alone, case
 
 
 def test_an_error_while_scoring_reaches_every_process(by_two: list[dict]) -> None:
@@ -160,11 +162,6 @@ def test_ground_truth_against_itself_is_perfect(folder: Path, ledger: Ledger) ->
     assert result["coco_eval_bbox"][:3] == pytest.approx([1.0] * 3, abs=1e-12)
     assert list(result["per_class_ap"]) == [f"class {k}" for k in CATEGORY_IDS]
     assert list(result["per_class_ap"].values()) == pytest.approx([1.0] * 3, abs=1e-12)
-
-
-def test_nothing_is_printed(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    run_on(load(folder), range(NUM_IMAGES))
-    assert capsys.readouterr() == ("", "")
 
 
 def test_a_subset_is_scored_on_its_images_only_and_an_unfinished_evaluation_is_reported(
@@ -228,7 +225,8 @@ def test_the_loop_gives_the_same_scores_and_losses_for_any_batches_and_processes
     assert {"loss", "loss_ce", "loss_bbox_0", "class_error", "cardinality_error"} <= whole.keys()
     assert by_two[0]["loop"] == by_two[1]["loop"] and by_three[0] == by_three[1] == by_three[2]
     for other in (run_loop(None, folder, 3), by_two[0]["loop"], by_three[0]):
-        assert other["coco_eval_bbox"] == whole["coco_eval_bbox"] and other["images"] == NUM_IMAGES
+        assert other["coco_eval_bbox"] == pytest.approx(whole["coco_eval_bbox"], abs=1e-3)
+        assert other["images"] == NUM_IMAGES
         for name in whole:
             if "loss" in name or "error" in name:
                 assert other[name] == pytest.approx(whole[name], rel=1e-5, abs=1e-6), name
@@ -250,6 +248,9 @@ def test_the_mode_comes_back_when_the_model_fails(folder: Path) -> None:
 def test_the_file_for_the_server_gives_the_same_numbers(folder: Path, tmp_path: Path) -> None:
     dataset = load(folder)
     evaluator, path = CocoEvaluator(dataset), tmp_path / "detections_val_ours_results.json"
+    evaluator.compute()
+    evaluator.write_detections(path)
+    assert json.loads(path.read_text()) == []  # without detections
     for index in range(NUM_IMAGES):
         evaluator.update(dataset.image_ids[[index]], make_detections(dataset, index))
     numbers = evaluator.compute()["coco_eval_bbox"]
@@ -262,13 +263,6 @@ def test_the_file_for_the_server_gives_the_same_numbers(folder: Path, tmp_path: 
         truth = COCO(folder / "annotations.json")
     again = score(truth, results, dataset.image_ids.numpy())
     assert again.stats.tolist() == pytest.approx(numbers, abs=1e-3), "boxes are rounded to a hundredth of a pixel"
-
-
-def test_an_evaluation_without_detections_writes_an_empty_list(folder: Path, tmp_path: Path) -> None:
-    evaluator = CocoEvaluator(load(folder))
-    evaluator.compute()
-    evaluator.write_detections(tmp_path / "none.json")
-    assert json.loads((tmp_path / "none.json").read_text()) == []
 
 
 def test_the_table_of_classes_agrees_with_the_numbers(folder: Path) -> None:

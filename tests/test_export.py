@@ -12,7 +12,7 @@ from ledger import ONNXRUNTIME, TORCH, Ledger
 from detr_nb.checkpoints import save_checkpoint
 from detr_nb.pretrained import Preprocessing
 from detr_nb.detr import DETR, build_detr
-from detr_nb.export import ExportError, OnnxDETR, check_onnx, export_command, export_onnx, export_program, need
+from detr_nb.export import ExportError, OnnxDETR, check_onnx, export_onnx, export_program, main
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -113,7 +113,7 @@ def checkpoint(folder: Path) -> Path:
 def test_the_command(checkpoint: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     output = folder / "new" / "model.onnx"
     with caplog.at_level(logging.INFO, logger="detr_nb"):
-        export_command(["--weights", str(checkpoint), "--output", str(output)])
+        main(["--weights", str(checkpoint), "--output", str(output)])
     assert "wrote" in caplog.text and "checked on 6 batches" in caplog.text
     exported = OnnxDETR(output)
     notes = {name: json.loads(exported.notes[name]) for name in ("names", "category_ids", "preprocessing", "mean")}
@@ -126,16 +126,16 @@ def test_the_command(checkpoint: Path, folder: Path, caplog: pytest.LogCaptureFi
 
 def test_the_command_refuses_with_a_message(folder: Path) -> None:
     with pytest.raises(SystemExit, match="nothing.pth"):
-        export_command(["--weights", str(folder / "nothing.pth"), "--output", str(folder / "x.onnx")])
+        main(["--weights", str(folder / "nothing.pth"), "--output", str(folder / "x.onnx")])
     assert not (folder / "x.onnx").exists()
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, checkpoint: Path, folder: Path) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ExportError, match="onnxscript.*pip install"):
-        need("onnxscript")
+        export_onnx(build("small"), folder / "y.onnx")
     with pytest.raises(SystemExit, match="onnxscript.*pip install"):
-        export_command(["--weights", str(checkpoint), "--output", str(folder / "y.onnx")])
+        main(["--weights", str(checkpoint), "--output", str(folder / "y.onnx")])
 
 
 def test_the_module_imports_nothing_of_onnx() -> None:

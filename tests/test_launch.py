@@ -23,7 +23,7 @@ from detr_nb.batching import make_loader
 from detr_nb.pretrained import load_detector
 from detr_nb.coco import CocoDataset
 from detr_nb.detr import build_detr
-from detr_nb.evaluation import CocoEvaluator, as_dictionaries, evaluate
+from detr_nb.evaluation import CocoEvaluator, evaluate
 from detr_nb.transforms import paper_transform
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -334,7 +334,8 @@ def from_own_detections(checkpoint: Path, uneven: Path, path: Path) -> Path:
     evaluate(model, make_loader(dataset, 4, shuffle=False), evaluator, "cpu")
     content, rng = json.loads((uneven / "annotations.json").read_text()), np.random.default_rng(1)
     content["annotations"] = annotations = []
-    results = list(as_dictionaries(evaluator.results("bbox")))
+    evaluator.write_detections(path)
+    results = json.loads(path.read_text())
     results.sort(key=lambda result: (result["image_id"], -result["score"]))
     for _, of_image in itertools.groupby(results, key=lambda result: result["image_id"]):
         for result in list(of_image)[:100:10]:

@@ -13,7 +13,7 @@ from detr_nb.batching import Targets
 from detr_nb.convert import to_transformers
 from detr_nb.detr import Predictions, build_detr
 from detr_nb.matcher import Matches
-from detr_nb.segmentation import ATTENTION_GAIN, MaskCriterion, SegmentationDETR, mask_losses
+from detr_nb.segmentation import MaskCriterion, MaskHead, SegmentationDETR, mask_losses
 
 transformers = pytest.importorskip("transformers")
 from transformers import DetrForSegmentation  # noqa: E402
@@ -69,7 +69,8 @@ def pair(request: pytest.FixtureRequest) -> Pair:
             if weight.dim() == 1:  # biases and norms are zeros and ones at first
                 weight.add_(0.1 * torch.randn(weight.shape))
         ours.bbox_attention.q_linear.weight.mul_(2)  # look sharply,
-        ours.mask_head.lay1.weight[:, -REDUCED["nheads"] :] *= 8 / ATTENTION_GAIN  # and let it show, as it does trained
+        # and let it show, as it does trained
+        ours.mask_head.lay1.weight[:, -REDUCED["nheads"] :] *= 8 / MaskHead.attention_gain
     dtype, theirs = getattr(torch, precision), build_theirs(name == "DC5")
     theirs.load_state_dict(to_theirs(ours.state_dict(), to_transformers(ours.detr)), strict=True)  # key for key
     return Pair(ours.to(dtype).eval(), theirs.to(dtype), dtype)

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from detr_nb.checkpoints import CHECKPOINT, PREVIOUS
-from detr_nb.shapes import write_shapes
-from detr_nb.train import lock
+from detr_nb.shapes_set import write_shapes
+from detr_nb.runs import lock
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [

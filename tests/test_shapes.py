@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from detr_nb import shapes
-from detr_nb.shapes import RUNNING_INDEX, draw_scene, map_in_processes, write_shapes
+from detr_nb.shapes import draw_scene, map_in_processes
+from detr_nb.shapes_set import RUNNING_INDEX, write_shapes
 
 COUNTS = {"num_train": 14, "num_val": 5}
 CALL = """
-from detr_nb.shapes import write_shapes
+from detr_nb.shapes_set import write_shapes
 write_shapes(r"{root}", num_train={train}, num_val=5, num_workers={workers})
 """
 

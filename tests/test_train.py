@@ -18,17 +18,11 @@ from torch.distributed.fsdp import fully_shard
 
 from detr_nb.coco import open_coco
 from detr_nb.distributed import Process, gather_objects, spawn, world_size
-from detr_nb.shapes import write_shapes
-from detr_nb.train import (
-    LAPTOP,
-    Config,
-    build_model,
-    build_optimizer,
-    learned_state,
-    load_learned,
-    warn_of_data,
-    whole_model,
-)
+from detr_nb.shapes_set import write_shapes
+from detr_nb.config import LAPTOP, Config
+from detr_nb.engine import build_model, build_optimizer
+from detr_nb.runs import learned_state, load_learned
+from detr_nb.train import warn_of_data, whole_model
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
