@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['Detector', 'load', 'evaluate']
 
-# %% ../nbs/26_detector.ipynb #0fe40c67
+# %% ../nbs/26_detector.ipynb #c39fff87
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from .checkpoints import CheckpointError
 from .pretrained import LoadedDetector
 from .segmentation import SegmentationDETR
 
-
+# %% ../nbs/26_detector.ipynb #0fe40c67
 class Detector(LoadedDetector):
     "A trained model and all that it can be asked for."
 
@@ -68,7 +68,7 @@ def load(
     except CheckpointError:  # no masks; or nothing at all, which is said again
         return Detector(*open_detector(source))
 
-# %% ../nbs/26_detector.ipynb #d7f2e449
+# %% ../nbs/26_detector.ipynb #6b357d8e
 import copy
 
 import torch
@@ -79,7 +79,7 @@ from .distributed import UserError, choose_device
 from .evaluation import COCO_METRICS, CocoEvaluator, Detections, evaluation_mode, postprocess
 from .predict import sizing
 
-
+# %% ../nbs/26_detector.ipynb #d7f2e449
 def evaluate(
     detector: Detector | str | Path,  # or what `load` takes
     data: CocoDataset | str | Path,  # or a folder in COCO's layout

@@ -278,6 +278,39 @@ def draw_segments(
     return _write_captions(image, [captions[index] for index in places], [colors[index] for index in places],
                            list(places.values()), font)
 
+# %% ../nbs/23_drawing.ipynb #e568bd3f
+def _captions(result) -> list[str]:
+    "The name and the score of each object."
+    return [f"{name} {score:.2f}" for name, score in zip(result.names, result.scores.tolist())]
+
+
+def _masks(result) -> Iterator[Bool[Tensor, "H W"]]:
+    "The mask of each object, decoded when it is asked for."
+    for code in result.codes:
+        yield torch.from_numpy(run_length.decode({"size": list(result.size), "counts": code})).bool()
+
+
+def _draw_result(result, font: str | Path | None) -> Image.Image:
+    image = torch.from_numpy(np.array(read_picture(result.source))).permute(2, 0, 1)
+    if result.segments is not None:
+        drawn = draw_segments(image, result.segments, result.segment_names, font)
+    else:
+        masks = None if result.codes is None else _masks(result)
+        drawn = draw_objects(image, result.boxes, result.labels, _captions(result), masks, font)
+    return Image.fromarray(drawn.permute(1, 2, 0).numpy())
+
+
+def _coco_annotations(result, image_id: int, first_id: int) -> list[dict]:
+    "Each a COCO result that is an annotation too; boxes to a hundredth of a pixel. pycocotools takes id 0 for none."
+    boxes = [[round(number, 2) for number in box] for box in xyxy_to_xywh(result.boxes.double()).tolist()]
+    found = [{"id": first_id + place, "image_id": image_id, "category_id": category, "bbox": box,
+              "score": round(score, 5), "area": round(box[2] * box[3], 2), "iscrowd": 0}
+             for place, (category, box, score) in enumerate(zip(result.category_ids, boxes, result.scores.tolist()))]
+    for annotation, code in zip(found, result.codes or ()):
+        code = {"size": list(result.size), "counts": code.decode()}
+        annotation |= {"area": int(run_length.area(code)), "segmentation": code}
+    return found
+
 # %% ../nbs/23_drawing.ipynb #299e0144
 @dataclass(eq=False, repr=False)
 class Result:
@@ -299,48 +332,24 @@ class Result:
     def __repr__(self) -> str:
         if self.problem:
             return f"left out: {self.problem}"
-        count, listed = len(self.names), ", ".join(self._captions()[:12]) + ", ..." * (len(self.names) > 12)
+        count, listed = len(self.names), ", ".join(_captions(self)[:12]) + ", ..." * (len(self.names) > 12)
         told = f"{count} object{'s' * (count != 1)}{': ' * (count > 0)}{listed}"
         return told if self.segments is None else f"{told}; segments: {', '.join(self.segment_names)}"
-
-    def _captions(self) -> list[str]:
-        return [f"{name} {score:.2f}" for name, score in zip(self.names, self.scores.tolist())]
-
-    def _masks(self) -> Iterator[Bool[Tensor, "H W"]]:
-        for code in self.codes:
-            yield torch.from_numpy(run_length.decode({"size": list(self.size), "counts": code})).bool()
 
     @property
     def masks(self) -> Bool[Tensor, "N H W"] | None:
         "The pixels of each object, decoded: a byte for each pixel of the picture and each object."
         if not self.codes:
             return None if self.codes is None else torch.zeros(0, *self.size, dtype=torch.bool)
-        return torch.stack(list(self._masks()))
+        return torch.stack(list(_masks(self)))
 
     def draw(self, font: str | Path | None = None) -> Image.Image:
         "The picture with its segments, or masks and boxes, or boxes; raises `PictureError` where there is none."
-        image = torch.from_numpy(np.array(read_picture(self.source))).permute(2, 0, 1)
-        if self.segments is not None:
-            drawn = draw_segments(image, self.segments, self.segment_names, font)
-        else:
-            masks = None if self.codes is None else self._masks()
-            drawn = draw_objects(image, self.boxes, self.labels, self._captions(), masks, font)
-        return Image.fromarray(drawn.permute(1, 2, 0).numpy())
+        return _draw_result(self, font)
 
-    def to_coco(
-        self,
-        image_id: int = 1,
-        first_id: int = 1,  # of the annotations, at least 1: pycocotools takes 0 for "none"
-    ) -> list[dict]:
-        "The detections, each a COCO result that is an annotation too; boxes to a hundredth of a pixel."
-        boxes = [[round(number, 2) for number in box] for box in xyxy_to_xywh(self.boxes.double()).tolist()]
-        found = [{"id": first_id + place, "image_id": image_id, "category_id": category, "bbox": box,
-                  "score": round(score, 5), "area": round(box[2] * box[3], 2), "iscrowd": 0}
-                 for place, (category, box, score) in enumerate(zip(self.category_ids, boxes, self.scores.tolist()))]
-        for annotation, code in zip(found, self.codes or ()):
-            code = {"size": list(self.size), "counts": code.decode()}
-            annotation |= {"area": int(run_length.area(code)), "segmentation": code}
-        return found
+    def to_coco(self, image_id: int = 1, first_id: int = 1) -> list[dict]:
+        "The detections as COCO annotations with scores; their ids count from `first_id`, at least 1."
+        return _coco_annotations(self, image_id, first_id)
 
 # %% ../nbs/23_drawing.ipynb #8da0d8f3
 def draw_predictions(

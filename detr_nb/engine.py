@@ -2,87 +2,86 @@
 
 # %% auto #0
 __all__ = ['preprocessing', 'choose_transform', 'build_model', 'build_criterion', 'parameter_groups', 'newton_schulz',
-           'orthogonalize', 'Muon', 'build_optimizer', 'rate_factor', 'set_rates', 'grouped', 'Averages',
-           'scaled_and_raw', 'train_step', 'batch_losses', 'cell_labels', 'CellClassifier', 'backbone_config']
+           'orthogonalize', 'Muon', 'build_optimizer', 'rate_factor', 'set_rates', 'Averages', 'scaled_and_raw',
+           'NotFinite', 'train_step', 'batch_losses', 'first_non_finite']
 
-# %% ../nbs/28_engine.ipynb #6c49a650
+# %% ../nbs/28_engine.ipynb #7481d5c5
 import math
-from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
-# %% ../nbs/28_engine.ipynb #16fa64a8
-from .batching import Batch, Targets
-from .config import Config, select
+from .batching import Batch
+from .config import Config
 from .criterion import SetCriterion
 from .detr import DETR, build_detr
-from .distributed import reduce_mean, reduce_sum
-from .matcher import image_of_target
+from .distributed import UserError, reduce_mean, reduce_sum
 from .segmentation import MaskCriterion, SegmentationDETR, build_segmentation
 from .transforms import Transform, laptop_transform, paper_transform, scaled_lengths
 
-# %% ../nbs/28_engine.ipynb #60972909
+# %% ../nbs/28_engine.ipynb #fc1b39ec
 def preprocessing(config: Config) -> dict[str, int | bool | None]:
     "The short side that images are resized to (None: left as it is), the limit of the long side, in pixels, and how."
     if config.embedded:
-        return {"short_side": config.image_size or None, "max_size": 160}
-    short_side, max_size = scaled_lengths((config.image_size or 800) / 800, 800, 1333)
-    return {"short_side": short_side, "max_size": max_size, "exact": config.exact_resize}
+        return {"short_side": config.data.image_size or None, "max_size": 160}
+    short_side, max_size = scaled_lengths((config.data.image_size or 800) / 800, 800, 1333)
+    return {"short_side": short_side, "max_size": max_size, "exact": config.data.exact_resize}
 
 
 def choose_transform(config: Config, train: bool) -> Transform:
     "The laptop's recipe on the embedded set; the paper's on any other, scaled to `--image_size`."
     if config.embedded:
         return laptop_transform(train, **preprocessing(config))
-    return paper_transform(train, scale=(config.image_size or 800) / 800, exact=config.exact_resize)
+    return paper_transform(train, scale=(config.data.image_size or 800) / 800, exact=config.data.exact_resize)
 
-# %% ../nbs/28_engine.ipynb #f08ed1d5
+# %% ../nbs/28_engine.ipynb #29a61fce
 def build_model(config: Config, num_classes: int) -> DETR | SegmentationDETR:
     "The model that a configuration describes; its backbone's ImageNet weights only if no checkpoint brings weights."
-    sizes = select(config, "hidden_dim", "nheads", "enc_layers", "dec_layers", "dim_feedforward", "num_queries")
-    parts = select(config, "backbone", "dilation", "position_embedding", "temperature", "dropout", "pre_norm")
-    loaded_later = config.pretrained and (config.resume or config.finetune or config.frozen_weights)
-    pretrained = None if loaded_later else config.pretrained
-    model = build_detr(num_classes, norm=config.backbone_norm, pretrained=pretrained, **sizes, **parts)
-    return build_segmentation(model, freeze=bool(config.frozen_weights)) if config.masks else model
+    settings = asdict(config.model)
+    for name in ("masks", "pretrain_epochs", "panoptic_threshold"):
+        del settings[name]
+    if settings["pretrained"] and (config.run.resume or config.run.finetune or config.run.frozen_weights):
+        settings["pretrained"] = None  # they are loaded later
+    model = build_detr(num_classes, norm=settings.pop("backbone_norm"), **settings)
+    return build_segmentation(model, freeze=bool(config.run.frozen_weights)) if config.model.masks else model
 
 
 def build_criterion(config: Config, num_classes: int) -> SetCriterion:
     "The loss that a configuration describes."
-    costs = select(config, "set_cost_class", "set_cost_bbox", "set_cost_giou")
-    weights = select(config, "bbox_loss_coef", "giou_loss_coef", "eos_coef")
-    if config.masks:
-        return MaskCriterion(num_classes, **select(config, "mask_loss_coef", "dice_loss_coef"), **costs, **weights)
-    return SetCriterion(num_classes, **costs, **weights)
+    weights = {name: value for name, value in asdict(config.loss).items() if name != "aux_loss"}
+    if config.model.masks:
+        return MaskCriterion(num_classes, **weights)
+    del weights["mask_loss_coef"], weights["dice_loss_coef"]
+    return SetCriterion(num_classes, **weights)
 
-# %% ../nbs/28_engine.ipynb #7496f3e8
+# %% ../nbs/28_engine.ipynb #15853b2e
 def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
     "Groups with rates of their own: in the paper the backbone learns ten times slower (Carion et al. 2020, A.4)."
     groups = {
-        "rest": {"params": [], "base_lr": config.lr, "muon": False},
-        "backbone": {"params": [], "base_lr": config.lr_backbone, "muon": False},
-        "masks": {"params": [], "base_lr": config.lr_masks, "muon": False},
-        "matrices": {"params": [], "base_lr": config.lr_muon, "muon": True, "parts": 1},
-        "projections": {"params": [], "base_lr": config.lr_muon, "muon": True, "parts": 3},
+        "rest": {"params": [], "base_lr": config.optimizer.lr, "muon": False},
+        "backbone": {"params": [], "base_lr": config.optimizer.lr_backbone, "muon": False},
+        "masks": {"params": [], "base_lr": config.optimizer.lr_masks, "muon": False},
+        "matrices": {"params": [], "base_lr": config.optimizer.lr_muon, "muon": True},
+        "projections": {"params": [], "base_lr": config.optimizer.lr_muon, "muon": True, "parts": 3},
     }
     for name, parameter in model.named_parameters():
         head = name.startswith(("mask_head.", "bbox_attention."))
         place = "masks" if head else "backbone" if "backbone" in name else "rest"
-        if place == "backbone" and config.lr_backbone <= 0:
+        if place == "backbone" and config.optimizer.lr_backbone <= 0:
             parameter.requires_grad_(False)
-        if config.optimizer == "muon" and parameter.ndim > 1 and not ("embed" in name or head):  # queries are "embed"
+        if config.optimizer.optimizer == "muon" and parameter.ndim > 1 and not ("embed" in name or head):  # queries are "embed"
             place = "projections" if "in_proj" in name else "matrices"  # queries', keys' and values' matrices in one
         if parameter.requires_grad:
             groups[place]["params"].append(parameter)
     return [group for group in groups.values() if group["params"]]
 
-# %% ../nbs/28_engine.ipynb #ec039566
+# %% ../nbs/28_engine.ipynb #48ea3937
 def newton_schulz(
     squares: Float[Tensor, "n M M"],  # X times its transpose, for several X of norm one
     rounds: int = 5,
@@ -116,70 +115,81 @@ def orthogonalize(
             result[place] = x.mT if len(matrices[place]) > matrices[place].shape[1] else x
     return result
 
-# %% ../nbs/28_engine.ipynb #56de69d1
-class Muon(torch.optim.AdamW):
-    "AdamW, but groups with `muon=True` step along the orthogonalised mean of their matrices' gradients."
+# %% ../nbs/28_engine.ipynb #217f69f8
+class Muon(torch.optim.Optimizer):
+    "Matrices step along the orthogonalised mean of their gradients (Jordan et al. 2024), all else by AdamW."
+
+    def __init__(self, params, lr: float = 0.02, weight_decay: float = 1e-4, momentum: float = 0.95,
+                 betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, muon: bool = True, parts: int = 1):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, betas=betas, eps=eps,
+                                      muon=muon, parts=parts))
 
     @torch.no_grad()
     def step(self, closure=None):
-        "One step; gradients of matrices are used up by it."
+        "One step; returns what the closure does, if one is given."
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None] if group["muon"] else []
-            parts = [part for p in parameters for part in self.push(p, group["momentum"]).chunk(group["parts"])]
-            parts = [part * max(1, part.shape[0] / part.shape[1]) ** 0.5 for part in orthogonalize(parts)]
-            for index, parameter in enumerate(parameters):
-                step = torch.cat(parts[index * group["parts"] : (index + 1) * group["parts"]]).view_as(parameter)
-                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-group["lr"])
-                parameter.grad = None  # nothing is left for AdamW
-        return super().step(closure)
+            parameters = [p for p in group["params"] if p.grad is not None]
+            (self._step_matrices if group["muon"] else self._step_adamw)(parameters, group)
+        return loss
 
-    def push(self, parameter: nn.Parameter, momentum: float) -> Float[Tensor, "M N"]:
-        "The running mean of the gradients, as it will be after this one counts twice; a convolution's as a matrix."
-        state = self.state[parameter]
-        if not state:  # under the names that AdamW gives
-            state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter)}
-        mean = state["exp_avg"].lerp_(parameter.grad, 1 - momentum)
-        return parameter.grad.lerp(mean, momentum).reshape(len(mean), -1)
+    def _step_matrices(self, parameters: list[nn.Parameter], group: dict) -> None:
+        "One step of matrices; a convolution's weight is one, with a row for each channel that it makes."
+        means = []
+        for p in parameters:
+            state = self.state[p]
+            state.setdefault("exp_avg", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
+            means.append(p.grad.lerp(state["exp_avg"], group["momentum"]).flatten(1))  # this gradient counts twice
+        parts = orthogonalize([part for mean in means for part in mean.chunk(group["parts"])])
+        parts = [part * max(1, part.shape[0] / part.shape[1]) ** 0.5 for part in parts]
+        for index, p in enumerate(parameters):
+            step = torch.cat(parts[index * group["parts"] : (index + 1) * group["parts"]]).view_as(p)
+            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-group["lr"])
 
-# %% ../nbs/28_engine.ipynb #42041a64
+    def _step_adamw(self, parameters: list[nn.Parameter], group: dict) -> None:
+        "One step of AdamW, by torch's own function."
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p] |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p),
+                                  "exp_avg_sq": torch.zeros_like(p)}
+        states = [self.state[p] for p in parameters]
+        moments = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        adamw(parameters, [p.grad for p in parameters], *moments, [], [state["step"] for state in states],
+              amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
+              weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
+
+# %% ../nbs/28_engine.ipynb #8f49b1ac
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     "AdamW as in the paper, or Muon for the matrices and AdamW for the rest."
-    groups = [{**group, "momentum": 0.95} for group in parameter_groups(model, config)]
-    return Muon(groups, lr=config.lr, weight_decay=config.weight_decay)
+    groups, settings = parameter_groups(model, config), config.optimizer
+    if settings.optimizer == "muon":
+        return Muon(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
 
-# %% ../nbs/28_engine.ipynb #7f72effd
+# %% ../nbs/28_engine.ipynb #b01ce31d
 def rate_factor(
     step: int,  # steps taken since the run began
     steps_per_epoch: int,
     config: Config,
 ) -> float:
     "What the base rates are multiplied by: a function of the step alone, so a resumed run needs no state for it."
-    warmup = min(1.0, (step + 1) / max(config.warmup_steps, 1))
-    if config.schedule == "cosine":
-        done = step / max(config.epochs * steps_per_epoch, 1)
+    warmup = min(1.0, (step + 1) / max(config.optimizer.warmup_steps, 1))
+    if config.optimizer.schedule == "cosine":
+        done = step / max(config.optimizer.epochs * steps_per_epoch, 1)
         return warmup * (1 + math.cos(math.pi * min(done, 1.0))) / 2
-    return warmup * 0.1 ** (step // steps_per_epoch // config.lr_drop)
+    return warmup * 0.1 ** (step // steps_per_epoch // config.optimizer.lr_drop)
 
-# %% ../nbs/28_engine.ipynb #72a6ec4a
+# %% ../nbs/28_engine.ipynb #21a52d8b
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> list[float]:
     "Set the rate of every group to its base rate times `factor`, and return the rates."
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
     return [group["lr"] for group in optimizer.param_groups]
 
-# %% ../nbs/28_engine.ipynb #e2be9dc4
-def grouped(loader, size: int) -> Iterator[list[Batch]]:
-    "The loader's batches in lists of `size`, the last one perhaps shorter."
-    group = []
-    for batch in loader:
-        group.append(batch)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
-
-# %% ../nbs/28_engine.ipynb #44236893
+# %% ../nbs/28_engine.ipynb #da670553
 class Averages:
     "Running means of named tensors, kept on the device until they are asked for."
 
@@ -208,7 +218,11 @@ def scaled_and_raw(criterion: SetCriterion, losses: dict[str, Tensor], total: Te
     weighted = {name: value * criterion.weight(name) for name, value in losses.items() if criterion.weight(name)}
     return {"loss": total, **weighted, "class_error": losses["class_error"], **raw}
 
-# %% ../nbs/28_engine.ipynb #de3dd029
+# %% ../nbs/28_engine.ipynb #7ccb42a7
+class NotFinite(UserError, FloatingPointError):
+    "A loss or a gradient is not a number, or has no end."
+
+
 def train_step(
     model: nn.Module,
     criterion: SetCriterion,
@@ -217,27 +231,27 @@ def train_step(
     batches: list[Batch],
     config: Config,
 ) -> tuple[dict[str, Tensor], float]:  # the losses, and the norm of the gradient before clipping
-    "One step over batches whose losses share their divisors: one large batch. Raises `FloatingPointError`."
+    "One step over batches whose losses share their divisors: one large batch. Raises `NotFinite`."
     counts = torch.cat([batch.targets.counts for batch in batches])
-    divisors = reduce_sum(criterion.normalizers(counts, config.num_queries)) / accelerator.num_processes
+    divisors = reduce_sum(criterion.normalizers(counts, config.model.num_queries)) / accelerator.num_processes
     summed = {}
     for index, batch in enumerate(batches):
         last = index == len(batches) - 1
         with accelerator.no_sync(model) if not last else torch.enable_grad():
-            losses = batch_losses(model, criterion, accelerator, batch, divisors, config.aux_loss)
+            losses = batch_losses(model, criterion, accelerator, batch, divisors, config.loss.aux_loss)
             accelerator.backward(losses["loss"])
         for name, value in losses.items():
             summed[name] = summed.get(name, 0) + value.detach()
-    norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_max_norm or math.inf)
+    norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.clip_max_norm or math.inf)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)  # with FSDP in pieces
     loss, norm = torch.stack([summed["loss"], norm.to(summed["loss"])]).tolist()  # one wait for the device
     if not math.isfinite(loss) or not (math.isfinite(norm) or accelerator.scaler):  # fp16 skips such steps by itself
-        raise FloatingPointError(f"the loss is {loss}, the norm of its gradient {norm}")
+        raise NotFinite(f"the loss is {loss}, the norm of its gradient {norm}")
     optimizer.step()
     optimizer.zero_grad()
     return summed, norm
 
-# %% ../nbs/28_engine.ipynb #d992d46a
+# %% ../nbs/28_engine.ipynb #21322975
 def batch_losses(
     model: nn.Module,
     criterion: SetCriterion,
@@ -257,52 +271,36 @@ def batch_losses(
     losses = criterion(predictions, batch.targets, divisors)
     return scaled_and_raw(criterion, losses, criterion.total(losses))
 
-# %% ../nbs/28_engine.ipynb #ce864196
-def cell_labels(
-    targets: Targets,
-    size: tuple[int, int],  # height and width of the map, in cells
-    stride: int,  # pixels from cell to cell
-    no_object: int,  # the label of a cell that shows nothing
-) -> Int[Tensor, "B H W"]:
-    "The class of the smallest box over each cell's centre; a box covers one cell at least."
-    image = image_of_target(targets)
-    centres, extents = (targets.boxes * targets.sizes.flip(-1).repeat(1, 2)[image]).split(2, dim=-1)  # pixels
-    reach = extents.clamp(min=stride) / 2
-    y, x = ((torch.arange(cells, device=image.device) + 0.5) * stride for cells in size)
-    rows, columns = (y - centres[:, 1:]).abs() <= reach[:, 1:], (x - centres[:, :1]).abs() <= reach[:, :1]
-    labels = image.new_full((len(targets.counts), *size), no_object)
-    for box in extents.prod(-1).argsort(descending=True).tolist():  # a smaller one is painted over a larger one
-        labels[image[box]][rows[box, :, None] & columns[box]] = targets.labels[box]
-    return labels
+# %% ../nbs/28_engine.ipynb #5d32a475
+def first_non_finite(
+    model: nn.Module, criterion: SetCriterion, accelerator: Accelerator, batch: Batch, config: Config
+) -> str | None:
+    "The first thing that is not finite when a batch goes through model, losses and back; None when all is."
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            return f"the parameter {name}, before this step"
+    if not batch.images.isfinite().all():
+        return "the images"
+    losses, bad = {}, []
 
-# %% ../nbs/28_engine.ipynb #5b7d6a2e
-class CellClassifier(nn.Module):
-    "A backbone, and one linear layer that names what each cell shows."
+    def watch(name: str, output: object) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point() and not output.isfinite().all():
+            bad.append(name)
 
-    def __init__(self, backbone: nn.Module, num_classes: int):
-        super().__init__()
-        self.backbone = backbone
-        self.class_embed = nn.Conv2d(backbone.num_channels, num_classes + 1, kernel_size=1)
-        nn.init.zeros_(self.class_embed.weight)
-        nn.init.zeros_(self.class_embed.bias)
-
-    def loss(
-        self,
-        batch: Batch,
-        background: float = 0.3,  # weight of a cell that shows nothing
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:  # sum over cells, and what to divide it by
-        "Cross-entropy of all cells that are not padding."
-        features = self.backbone(batch.images, batch.padding)
-        logits = self.class_embed(features.maps[-1]).float()
-        no_object = logits.shape[1] - 1
-        labels = cell_labels(batch.targets, logits.shape[-2:], self.backbone.stride, no_object)
-        weight = torch.where(labels == no_object, background, 1.0)
-        if features.padding is not None:
-            weight = weight * ~features.padding
-        return (F.cross_entropy(logits, labels, reduction="none") * weight).sum(), weight.sum()
-
-# %% ../nbs/28_engine.ipynb #0cfa6737
-def backbone_config(config: Config) -> Config:
-    "The settings with which the backbone learns alone."
-    rates = dict(lr=3e-3, lr_backbone=3e-3, lr_muon=0.05, warmup_steps=50, schedule="cosine")
-    return replace(config, epochs=config.pretrain_epochs, **rates)
+    hooks = [module.register_forward_hook(lambda module, inputs, output, name=name: watch(name, output))
+             for name, module in model.named_modules() if name]
+    with suppress(FloatingPointError):  # which the matcher raises
+        divisors = criterion.normalizers(batch.targets.counts, config.model.num_queries)  # of this process alone
+        losses = batch_losses(model, criterion, accelerator, batch, divisors, config.loss.aux_loss)
+    for hook in hooks:
+        hook.remove()
+    if bad or not losses:
+        return f"the output of {bad[0]}" if bad else "the costs of matching"
+    if names := [name for name, value in losses.items() if not value.isfinite()]:
+        return f"the loss {names[-1].removesuffix('_unscaled')}"
+    model.zero_grad()
+    losses["loss"].backward()
+    for name, parameter in reversed(list(model.named_parameters())):
+        if parameter.grad is not None and not parameter.grad.isfinite().all():
+            return f"the gradient of {name}"
+    return None

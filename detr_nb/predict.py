@@ -307,7 +307,7 @@ def _spare_sources(found: Sequence[tuple[str, Source]], paths: Sequence[Path]) -
         if (path.stat().st_dev, path.stat().st_ino) in known:
             raise UserError(f"{path} is one of the pictures itself, and would be drawn over: give another --output")
 
-# %% ../nbs/24_predict.ipynb #8b32dbe3
+# %% ../nbs/24_predict.ipynb #1d26d35b
 def _draw_into(result: Result, path: Path, font: Path | None) -> None:
     "Draw a result into a file, unless there is nothing to draw on."
     if not result.problem:
@@ -328,7 +328,7 @@ def _note(files: dict[str, dict], result: Result, image_id: int, folder: Path, c
         else:
             file["annotations"] += result.to_coco(image_id, len(file["annotations"]) + 1)
 
-
+# %% ../nbs/24_predict.ipynb #8b32dbe3
 def write_predictions(settings: PredictSettings) -> int:
     "Do what the settings ask for; returns how many pictures were left out. Raises `UserError`."
     output, maps = settings.output, settings.output / "panoptic"

@@ -324,7 +324,7 @@ def test_the_version_is_that_of_the_code_and_not_of_the_folder_one_stands_in(tmp
         git(folder, "commit", "--quiet", "-m", "first")
 
     def version(environ: dict) -> str:
-        program = "import detr_nb.distributed as d; print(d.code_version())"
+        program = "import detr_nb.config; print(detr_nb.config.code_version())"
         command = [sys.executable, "-c", program]
         return subprocess.run(command, cwd=elsewhere, env=environ, check=True, capture_output=True, text=True).stdout
 

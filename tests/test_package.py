@@ -64,6 +64,34 @@ for name in {MODULES}:
     assert done.stdout == "", "importing the package prints"
 
 
+def run_python(program: str) -> None:
+    "Run a program of its own, which must end well."
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_imports_where_there_is_no_unix():
+    "Windows has none of these; the libraries know that for themselves, so they are imported first."
+    run_python(f"""
+import importlib, os, sys
+import accelerate, matplotlib.pyplot, psutil, pycocotools.mask, scipy.optimize, torch.utils.tensorboard, tyro
+for name in ("fcntl", "resource"):
+    sys.modules[name] = None  # from now on, to import it is an error
+if hasattr(os, "sched_getaffinity"):
+    del os.sched_getaffinity
+for name in {MODULES}:
+    importlib.import_module("detr_nb." + name)
+""")
+
+
+def test_what_loader_workers_import_brings_neither_pyplot_nor_tyro():
+    run_python("""
+import sys
+import detr_nb.batching
+assert not {"matplotlib.pyplot", "tyro"} & sys.modules.keys()
+""")
+
+
 @every_module
 def test_every_exported_name_says_what_it_is(name):
     module = importlib.import_module(f"detr_nb.{name}")
