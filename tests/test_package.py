@@ -58,15 +58,12 @@ def test_the_package_has_at_most_300_public_names():
 
 
 def test_imports_where_the_notebook_tools_are_missing():
-    """Also what the dependencies import in turn must not need them; an exported `main()` must not run on import.
-
-    msgspec makes reading faster, and nothing needs it.
-    """
+    "Also what the dependencies import in turn must not need them; an exported `main()` must not run on import."
     program = f"""
 import importlib, sys
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {sorted(NOTEBOOK_TOOLS | {"msgspec"})}:
+        if name.split(".")[0] in {sorted(NOTEBOOK_TOOLS)}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Missing())
 for name in {MODULES}:
