@@ -115,16 +115,6 @@ def our_index_with_outlines(root: Path) -> dict:
     return our_index(root, with_masks=True)
 
 
-def our_kept_index(root: Path) -> dict:
-    "The index from the copy that an earlier start left beside the file."
-    from detr_nb import coco
-
-    before, began, cpu = private_mb(), time.perf_counter(), cpu_seconds()
-    index = coco.open_index(root / "annotations" / "instances_train2017.json")
-    return {"seconds": time.perf_counter() - began, "cpu": cpu_seconds() - cpu, "held_mb": private_mb() - before,
-            "peak_mb": peak_mb(), "objects": len(index.objects.ids)}  # fmt: skip
-
-
 def first_step(root: Path, began: float) -> dict:
     "All that a training does before its first step, from `began` on: imports, data set, model, loader, first batch."
     stages, last = {}, began
@@ -224,12 +214,8 @@ def measure(root: Path, workers: int) -> dict:
     tiny = root / "tiny"
     if not tiny.exists():
         write_set(tiny, "train", 8, 40)
-    for file in root.glob("annotations/*.npz"):
-        file.unlink()
     found = {name: in_own_process(name, root) for name in ("pycocotools_index", "our_index", "our_index_with_outlines")}
-    found["first_start"] = in_own_process("first_step", root, time.time())  # leaves the index beside the file
-    found["later_start"] = in_own_process("first_step", root, time.time())
-    found["our_kept_index"] = in_own_process("our_kept_index", root)
+    found["first_start"] = in_own_process("first_step", root, time.time())
     for method in ("fork", "spawn"):
         alone = in_own_process("worker_memory", tiny, workers, "ours", method)
         found[method] = in_own_process("worker_memory", root, workers, "ours", method)
@@ -246,13 +232,12 @@ def tell(found: dict) -> None:
     theirs = found["pycocotools_index"]
     print(f"annotation file: {found['megabytes']:.0f} MB, {theirs['objects']:,} objects")
     for key, name in (("pycocotools_index", "pycocotools.COCO"), ("our_index", "read_index"),
-                      ("our_kept_index", "open_index, kept"), ("our_index_with_outlines", "read_index with outlines"),
-                      ("first_start", "first start to its step 1"),
-                      ("later_start", "later start to its step 1")):  # fmt: skip
+                      ("our_index_with_outlines", "read_index with outlines"),
+                      ("first_start", "start to its step 1")):  # fmt: skip
         row = found[key]
         print(f"{name:25} {row['seconds']:6.1f} s ({row['cpu']:5.1f})  holds {row['held_mb']:5.0f} MB, "
               f"peak {row['peak_mb']:5.0f} MB  {row['seconds'] / theirs['seconds']:5.2f} of pycocotools.COCO")
-    for key in ("first_start", "later_start"):
+    for key in ("first_start",):
         stages = found[key]["stages"].items()
         print(f"{key.replace('_', ' ')}: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in stages))
     for key in ("fork", "spawn", "dictionaries"):

@@ -15,10 +15,8 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from copy import copy
 from pathlib import Path
-from runpy import run_module
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
-import msgspec
 import numpy as np
 import torch
 from PIL import Image
@@ -38,7 +36,7 @@ from detr_nb.annotations import (
     ObjectColumns,
     clip_to_image,
     named,
-    open_index,
+    read_index,
     starts,
     to_run_length,
 )
@@ -248,7 +246,7 @@ class CocoDataset(IndexView, Dataset):
         "Read and check the annotation file, and that the images are there; raises DataError."
         self.folder, self.annotations = Path(images).expanduser(), Path(annotations).expanduser()
         self.transform, self.seed, self.with_masks = transform, seed, with_masks
-        index = open_index(self.annotations, with_masks)
+        index = read_index(self.annotations, with_masks)
         super().__init__(index, torch.arange(len(index.images.ids)))
         require_files(self.folder, index.images, self.annotations)
 
@@ -323,7 +321,3 @@ def decode_outlines(
             number = int(objects.ids[row])
             raise DataError(f"{annotations}: annotation {number} has a broken outline: {error}") from error
     return masks
-
-# %% ../nbs/07_coco.ipynb #55976351
-if __name__ == "__main__" and __package__ == "detr_nb":  # python -m detr_nb.coco; never from the notebook
-    run_module("detr_nb.coco_tools", run_name="__main__", alter_sys=True)

@@ -2,7 +2,6 @@
 import io
 import json
 import math
-import os
 import pickle
 import warnings
 from contextlib import redirect_stdout
@@ -18,7 +17,6 @@ from PIL import Image
 from pycocotools import mask as run_length
 from pycocotools.coco import COCO
 
-from detr_nb import coco
 from detr_nb.annotations import DataError, DataWarning, PackedBytes, read_index, runs_of
 from detr_nb.coco import CocoDataset, find_split, open_coco, read_image
 from detr_nb.seeding import sample_rng
@@ -426,7 +424,8 @@ def test_a_file_cut_anywhere_is_refused(tmp_path):
 
 def test_the_position_of_a_syntax_error_is_the_file_s_own(tmp_path):
     whole = json.dumps(good()).encode()
-    refuses(tmp_path, whole[:-3], f"char {len(whole) - 3}")
+    place = whole.index(b'"annotations"')
+    refuses(tmp_path, whole[:place] + b"!" + whole[place:], f"(byte {place})")
 
 
 @pytest.mark.parametrize("text", [b"\xff\xfe\x00", b"\x89PNG\r\n", b"<html>404", b'{"a": "\xe9"}', b"[" * 100_000])
@@ -644,81 +643,6 @@ def test_a_data_error_in_a_loader_worker_stays_one(tmp_path):
     loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=1)
     with pytest.raises(DataError, match=r"three\.png"):
         list(loader)
-
-
-# ---------------------------------------------------------------- the kept index
-
-
-@pytest.fixture()
-def keeping(monkeypatch):
-    "Also small files have their index kept; counts the times that a file was read."
-    read, times = coco.read_index, []
-    monkeypatch.setattr(coco, "KEEP_FROM", 1)
-    monkeypatch.setattr(coco, "read_index", lambda *arguments: times.append(1) or read(*arguments))
-    return times
-
-
-def same(a, b) -> bool:
-    "Equal in every column, type and name."
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    return all(map(same, a, b)) if isinstance(a, tuple) and not isinstance(a, str) else a == b
-
-
-@pytest.mark.parametrize("with_masks", [False, True])
-def test_a_kept_index_is_the_same_and_says_the_same(tmp_path, keeping, with_masks):
-    content = good()
-    content["annotations"][0]["id"] = 0
-    path = write(tmp_path, content) / "annotations" / "instances_train2017.json"
-    with pytest.warns(DataWarning, match=f"{path}: annotation id 0") as first_said:
-        first = coco.open_index(path, with_masks)
-    with pytest.warns(DataWarning) as said:
-        second = coco.open_index(path, with_masks)
-    assert len(keeping) == 1 and same(first, second) and (second.objects.outlines is not None) == with_masks
-    assert [str(w.message) for w in said] == [str(w.message) for w in first_said]
-    with pytest.warns(DataWarning):
-        assert len(open_coco(tmp_path, "train", with_masks=with_masks)[0].labels) == 2 and len(keeping) == 1
-
-
-def test_a_kept_index_is_not_used_for_other_bytes_whatever_their_date_and_length(tmp_path, keeping):
-    path = write(tmp_path, good()) / "annotations" / "instances_train2017.json"
-    coco.open_index(path)
-    before = path.stat()
-    path.write_text(path.read_text().replace("12.5, 30]", "12.5, 29]"))
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert path.stat().st_size == before.st_size
-    assert coco.open_index(path).objects.boxes[0].tolist() == [0.25, 0, 12.5, 29] and len(keeping) == 2
-    coco.open_index(path, with_masks=True)
-    assert len(keeping) == 3  # and one without outlines does not serve for masks
-
-
-@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[: len(b) // 2], lambda b: b[:-30], lambda b: b"PK"])
-def test_a_damaged_kept_index_is_read_anew(tmp_path, keeping, damage):
-    path = write(tmp_path, good()) / "annotations" / "instances_train2017.json"
-    first, file = coco.open_index(path), coco.kept_file(path, False)
-    file.write_bytes(damage(file.read_bytes()))
-    assert same(coco.open_index(path), first)
-
-
-def test_one_changed_byte_of_a_kept_index_changes_nothing(tmp_path, keeping):
-    path = write(tmp_path, good()) / "annotations" / "instances_train2017.json"
-    first, file = coco.open_index(path), coco.kept_file(path, False)
-    whole = file.read_bytes()
-    for place in range(0, len(whole), 29):
-        file.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
-        assert same(coco.open_index(path), first), place
-
-
-def test_where_nothing_can_be_written_nothing_is_kept(tmp_path, keeping, monkeypatch):
-    path = write(tmp_path, good()) / "annotations" / "instances_train2017.json"
-    monkeypatch.setattr(coco.os, "replace", lambda *names: (_ for _ in ()).throw(PermissionError("read-only")))
-    coco.open_index(path)
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-
-
-def test_the_index_of_a_small_file_is_not_kept(tmp_path):
-    load(tmp_path, good())
-    assert not list(tmp_path.rglob("*.npz"))
 
 
 # ---------------------------------------------------------------- properties

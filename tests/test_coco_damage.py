@@ -14,7 +14,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from detr_nb import coco
 from detr_nb.annotations import CocoIndex, DataError, DataWarning, read_index
 
 
@@ -133,7 +132,7 @@ def detections(text: bytes, i: int):
 
 @damage("two files one behind the other", "stops")
 def twice(text: bytes, i: int):
-    return text + b"\n" + text, ["cut short or not JSON", "Extra data"]
+    return text + b"\n" + text, ["cut short or not JSON", "trailing characters"]
 
 
 @damage("a list written twice", "stops")
@@ -403,11 +402,6 @@ def other_order(content, i):
 # ---------------------------------------------------------------- the test
 
 
-def test_there_are_thirty_ways_at_least():
-    outcomes = [entry.outcome for entry in DAMAGES.values()]
-    assert outcomes.count("stops") >= 30 and outcomes.count("warns") >= 15 and outcomes.count("loads") >= 5
-
-
 def blank_areas(read: dict, wanted: dict) -> dict:
     "`read` with None for each area that is None in `wanted`, and that area between nothing and the image's."
     for got, want in zip(read["images"], wanted["images"]):
@@ -418,17 +412,10 @@ def blank_areas(read: dict, wanted: dict) -> dict:
     return read
 
 
-@pytest.fixture(params=["msgspec first", "Python's parser alone"])
-def parser(request, monkeypatch) -> None:
-    "Both ways to read a file."
-    if request.param != "msgspec first":
-        monkeypatch.setattr(coco, "msgspec", None)
-
-
 @pytest.mark.parametrize("name", DAMAGES)
 @settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(content=coco_files(), i=st.integers(0, 10**6))
-def test_a_damaged_file_loads_as_it_should_or_stops_and_names_the_culprit(parser, tmp_path, name, content, i):
+def test_a_damaged_file_loads_as_it_should_or_stops_and_names_the_culprit(tmp_path, name, content, i):
     outcome, apply, expect = DAMAGES[name]
     sound = json.dumps(content)
     if name in OF_TEXT:
@@ -475,24 +462,11 @@ def outcome_of(path: Path) -> tuple:
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=coco_files(), place=st.integers(0, 10**6), letter=st.integers(0, 255))
 def test_one_changed_byte_never_crashes_the_reader(tmp_path, content, place, letter):
-    "Whatever a wrong byte makes of a file, it loads or is refused by its name; and the fast way differs from no other."
+    "Whatever a wrong byte makes of a file, it loads or is refused by its name."
     data = bytearray(json.dumps(content).encode())
     data[place % len(data)] = letter
     path = tmp_path / "changed.json"
     path.write_bytes(data)
-    fast = outcome_of(path)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(coco, "msgspec", None)
-        assert outcome_of(path) == fast
-    if not fast[0].startswith("{"):
-        assert str(path) in fast[0] and "\n" not in fast[0]
-
-
-def test_a_sound_file_goes_the_fast_way(tmp_path, monkeypatch):
-    path = tmp_path / "sound.json"
-    path.write_text(json.dumps({
-        "images": [{"id": 1, "file_name": "ü.png", "width": 20, "height": 10}], "categories": [{"id": 3, "name": "x"}],
-        "annotations": [{"id": 5, "image_id": 1, "category_id": 3, "bbox": [1, 2, 3.5, 4], "area": 7,
-                         "segmentation": [[1, 2, 3, 4, 5, 6]], "iscrowd": 0}]}, ensure_ascii=False))  # fmt: skip
-    monkeypatch.delattr(coco, "read_annotations")
-    assert read_index(path).objects.boxes.tolist() == [[1, 2, 3.5, 4]]
+    said = outcome_of(path)[0]
+    if not said.startswith("{"):
+        assert str(path) in said and "\n" not in said
