@@ -16,8 +16,10 @@ import pytest
 import torch
 
 from detr_nb.checkpoints import CHECKPOINT, PREVIOUS
+from detr_nb.config import Config, RunConfig
+from detr_nb.distributed import UserError
+from detr_nb.runs import BACKBONE, open_run
 from detr_nb.shapes_set import write_shapes
-from detr_nb.runs import lock
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -26,6 +28,7 @@ SMALL = [
     "--report_to", "none", "--device", "cpu", "--resume", "auto",
 ]  # fmt: skip
 REQUEUE, EPOCHS = 75, 5
+PATIENCE_S = 300  # nothing is claimed about time: who takes longer hangs
 PAIR = ["--batch_size", "4", "--num_workers", "0", "--epochs", str(EPOCHS)]  # of two processes
 
 
@@ -64,7 +67,7 @@ def start_pair(
 
 def finish(*processes: subprocess.Popen, folder: Path) -> str:
     "Let a run come to its end; returns what it has printed since it first began."
-    codes = [process.wait(timeout=300) for process in processes]
+    codes = [process.wait(timeout=PATIENCE_S) for process in processes]
     said = folder.with_name(folder.name + ".out").read_text()
     assert not any(codes), said[-4000:]
     return said
@@ -73,12 +76,12 @@ def finish(*processes: subprocess.Popen, folder: Path) -> str:
 def end(process: subprocess.Popen, number: signal.Signals) -> int:
     "Send the whole group a signal, as schedulers do, and wait."
     os.killpg(process.pid, number)
-    return process.wait(timeout=60)
+    return process.wait(timeout=PATIENCE_S)
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen | None = None, seconds: float = 120) -> None:
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen | None = None) -> None:
     "Wait for something to come true, while a process runs."
-    until = time.monotonic() + seconds
+    until = time.monotonic() + PATIENCE_S
     while not condition():
         assert process is None or process.poll() is None, "the run ended"
         assert time.monotonic() < until, "it does not come true"
@@ -91,9 +94,9 @@ def wait_for_steps(process: subprocess.Popen, folder: Path, lines: int) -> None:
     wait_until(lambda: path.exists() and len(path.read_text().splitlines()) >= lines, process)
 
 
-def wait_for_newer(process: subprocess.Popen, path: Path, began: float) -> None:
-    "Wait until a running process has written a file; one that an earlier process left there does not count."
-    wait_until(lambda: path.exists() and path.stat().st_mtime > began, process)
+def wait_for_newer(process: subprocess.Popen, began: float, *paths: Path) -> None:
+    "Wait until a running process has written one of these; what an earlier process left there does not count."
+    wait_until(lambda: any(path.exists() and path.stat().st_mtime > began for path in paths), process)
 
 
 def same_runs(ours: Path, theirs: Path) -> None:
@@ -116,20 +119,25 @@ def alone(shapes, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_run_that_is_asked_to_stop_saves_says_so_by_its_exit_code_and_goes_on_to_the_same_end(
-    number, alone, shapes, tmp_path
-):
-    arguments = ["--batch_size", 8, "--num_workers", 1]
-    process = start(shapes, tmp_path / "run", *arguments)
-    wait_for_steps(process, tmp_path / "run", 12)  # in the second epoch, of DETR
-    asked = time.monotonic()
-    assert end(process, number) == REQUEUE, (tmp_path / "run.out").read_text()[-3000:]
-    assert time.monotonic() - asked < 20
-    state = torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)
-    assert state["epoch"] >= 0 and state["batch"] > 0  # inside an epoch
-    finish(start(shapes, tmp_path / "run", *arguments), folder=tmp_path / "run")
-    same_runs(tmp_path / "run", alone)
+@pytest.mark.parametrize(
+    ("number", "lines", "code", "file"),
+    [
+        pytest.param(signal.SIGTERM, 12, REQUEUE, CHECKPOINT, id="SIGTERM in an epoch of DETR"),
+        pytest.param(signal.SIGUSR1, 4, REQUEUE, BACKBONE, id="SIGUSR1 while the backbone learns"),
+        pytest.param(signal.SIGKILL, 4, -signal.SIGKILL, BACKBONE, id="SIGKILL while the backbone learns"),
+    ],
+)
+def test_a_run_that_is_stopped_goes_on_to_the_same_end_bit_for_bit(number, lines, code, file, alone, shapes, tmp_path):
+    "The backbone takes eight steps, DETR eight in each of two epochs. Who is asked saves, and the exit code says so."
+    folder, arguments = tmp_path / "run", ["--batch_size", 8, "--num_workers", 1]
+    process = start(shapes, folder, *arguments)
+    wait_for_steps(process, folder, lines)
+    assert end(process, number) == code, (tmp_path / "run.out").read_text()[-3000:]
+    assert torch.load(folder / file, weights_only=True)["step"] > 0
+    assert (folder / CHECKPOINT).exists() == (file == CHECKPOINT)
+    said = finish(start(shapes, folder, *arguments), folder=folder)
+    assert said.count("going on at batch") == 1
+    same_runs(folder, alone)
 
 
 HELD_EVALUATION = """
@@ -161,7 +169,7 @@ def test_an_evaluation_ends_between_two_batches_and_is_done_again(asked, shapes,
     for rank in asked:
         processes[rank].send_signal(signal.SIGUSR1)
     go.touch()
-    assert [process.wait(timeout=30) for process in processes] == [REQUEUE] * 2, said.read_text()
+    assert [process.wait(timeout=PATIENCE_S) for process in processes] == [REQUEUE] * 2, said.read_text()
     for rank in (0, 1):  # who is not asked comes to its own end
         assert said.read_text().count(f"a batch on rank {rank}") == (1 if rank in asked else 2)
     assert not (folder / "log.txt").exists()
@@ -203,26 +211,30 @@ def test_whose_launcher_ends_saves_and_ends_too(program, number, arguments, shap
     wait_for_steps(launcher, folder, 3)
     orphans = children_of(launcher)
     launcher.send_signal(number)
-    launcher.wait(timeout=30)
-    wait_until(lambda: not any(map(is_running, orphans)), seconds=30)
+    launcher.wait(timeout=PATIENCE_S)
+    wait_until(lambda: not any(map(is_running, orphans)))
     said = folder.with_name("run.out").read_text()
     assert said.count("asked to stop: saved after batch") == 1, said
     assert len(orphans) == (2 if program is TORCHRUN else 1)
 
 
 def test_a_folder_that_a_run_writes_to_is_refused_to_another(shapes, tmp_path):
-    process = start(shapes, tmp_path / "run", "--batch_size", 8)
-    wait_for_steps(process, tmp_path / "run", 1)
-    before = (tmp_path / "run/steps.jsonl").read_bytes()
+    folder = tmp_path / "run"
+    config = Config(run=RunConfig(output_dir=str(folder)))
+    process = start(shapes, folder, "--batch_size", 8)
+    wait_for_steps(process, folder, 1)
     process.send_signal(signal.SIGSTOP)  # it goes on, and is not about to end
+    before = (folder / "steps.jsonl").read_bytes()
     try:
-        with pytest.raises(ValueError, match=f"belongs to a run that is going on, process {process.pid} on "):
-            lock(tmp_path / "run", patience_s=0.1)
-        assert (tmp_path / "run/steps.jsonl").read_bytes().startswith(before)
+        with pytest.raises(UserError, match="run belongs to a run that is going on"):
+            open_run(config, patience_s=0.1)
+        assert (folder / "steps.jsonl").read_bytes() == before
     finally:
         process.kill()
         process.wait()
-    lock(tmp_path / "run", patience_s=5)
+    _, lock = open_run(config, patience_s=PATIENCE_S)  # whose loader processes notice that they are alone
+    lock.release()
+    assert (folder / "older-1/steps.jsonl").read_bytes() == before
 
 
 def test_the_one_before_is_used_when_the_newest_is_torn(alone, shapes, tmp_path):
@@ -243,7 +255,7 @@ def test_a_full_disk_does_not_end_the_run_and_leaves_the_checkpoint_there_was(al
     command = [*limited, sys.executable, "-m", "detr_nb.train", "--shapes_path", shapes, "--output_dir", folder]
     # no readers: they would need larger files as well
     command = list(map(str, [*command, *SMALL, "--batch_size", 8, "--epochs", 3, "--num_workers", 0]))
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "was not written" in result.stdout and "The run goes on" in result.stdout
     assert (folder / CHECKPOINT).read_bytes() == before and not list(folder.glob("*.part"))
@@ -284,19 +296,19 @@ def test_ten_kills_at_random_moments_leave_no_trace(pair, shapes, tmp_path):
     """Five at any moment after a step, five while a checkpoint is being written, whose half is left there. Every other
     time one process alone is killed, and the other ends by itself."""
     folder, rng = tmp_path / "run", random.Random(0)
-    newest, part = folder / CHECKPOINT, folder / f"{CHECKPOINT}.part"
+    newest, part = (folder / BACKBONE, folder / CHECKPOINT), folder / f"{CHECKPOINT}.part"
     while_saving = 0
     for kill in range(10):
         began, anywhere = time.time(), kill < 5
         processes = start_pair(shapes, folder, "--save_every", 1)
-        wait_for_newer(processes[0], newest if anywhere else part, began)
+        wait_for_newer(processes[0], began, *(newest if anywhere else [part]))
         time.sleep(rng.random() * (0.3 if anywhere else 0.002))
         assert [process.poll() for process in processes] == [None, None], "the run ended by itself"
         doomed = processes if kill % 2 == 0 else [processes[rng.randrange(2)]]
         for process in doomed:
             process.kill()
         while_saving += part.exists() and part.stat().st_mtime > began
-        assert all(process.wait(timeout=30) for process in processes)
+        assert all(process.wait(timeout=PATIENCE_S) for process in processes)
     said = finish(*start_pair(shapes, folder), folder=folder)
     assert while_saving >= 3 and said.count("going on at batch") == 10
     same_runs(folder, pair)
@@ -307,7 +319,7 @@ def test_ten_kills_at_random_moments_leave_no_trace(pair, shapes, tmp_path):
 def test_torchrun_starts_a_fallen_run_again(pair, shapes, tmp_path):
     folder, began = tmp_path / "run", time.time()
     launcher = start(shapes, folder, *PAIR, "--save_every", 1, program=[*TORCHRUN[:-2], "--max_restarts=2", *MODULE])
-    wait_for_newer(launcher, folder / CHECKPOINT, began)
+    wait_for_newer(launcher, began, folder / CHECKPOINT)
     os.kill(children_of(launcher)[1], signal.SIGKILL)
     said = finish(launcher, folder=folder)
     assert said.count("going on at batch") == 1
