@@ -6,7 +6,7 @@
 __all__ = ['ENDINGS', 'ORIENTATION', 'OBJECTS_PER_IMAGE', 'BOX_SIZES', 'Finding', 'index_findings', 'quick_check', 'Look',
            'is_whole', 'look_at_image', 'look_at_images', 'image_findings', 'Checked', 'read_leniently', 'images_only',
            'check_split', 'compare_splits', 'histogram', 'range_names', 'distributions', 'by_name', 'text_bars',
-           'columns_of', 'write_report', 'draw_report', 'check_coco']
+           'columns_of', 'write_report', 'draw_report', 'check_coco', 'check_command']
 
 # %% ../nbs/31_check.ipynb #a5375e14
 import sys
@@ -38,6 +38,8 @@ from detr_nb.annotations import (
     read_index,
 )
 from .coco import CocoDataset, IndexView, find_split, read_image
+from .distributed import user_errors
+
 
 # %% ../nbs/31_check.ipynb #6792741a
 class Finding(NamedTuple):
@@ -65,7 +67,7 @@ def index_findings(dataset: IndexView, num_queries: int) -> list[Finding]:
 
 
 def quick_check(dataset: CocoDataset, num_queries: int) -> list[str]:
-    "Warnings to read before training, one a line, from the index alone; the launcher's part of `detr_nb.coco check`."
+    "Warnings to read before training, one a line, from the index alone; the launcher's part of `detr_nb.check`."
     return [f"{dataset.annotations}: {text}" for severity, text in index_findings(dataset, num_queries)
             if severity != "note"]
 
@@ -305,3 +307,14 @@ def check_coco(
     speed = f"{images:,} images in {seconds:.1f} s ({1000 * seconds / max(images, 1):.2f} s per thousand)"
     sys.stdout.write(f"{write_report(splits)}\n\n{speed}; picture: {picture}\n{root}: {verdict}\n")
     return int(stops > 0)
+
+# %% ../nbs/31_check.ipynb #c4ec0001
+def check_command(argv: list[str] | None = None) -> None:
+    "The command `python -m detr_nb.check`; ends with status 1 when a set is not safe to train on."
+    with user_errors():
+        raise SystemExit(tyro.cli(check_coco, prog="detr_nb.check", args=argv, use_underscores=True))
+
+
+if __name__ == "__main__" and __package__ == "detr_nb":  # the second half keeps the notebook from starting it
+    check_command()
+

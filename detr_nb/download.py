@@ -4,7 +4,7 @@
 __all__ = ['logger', 'COCO_URL', 'ARCHIVES', 'WAITS_S', 'TIMEOUT_S', 'READ_BYTES', 'PIECE_BYTES', 'Archive', 'DownloadError',
            'open_url', 'Remote', 'tag_of', 'probe', 'open_from', 'blocks', 'Partial', 'replace_text', 'fetch_piece',
            'fetch', 'verify', 'target_of', 'is_same', 'unpack', 'write_member', 'space_needed', 'less_what_is_there',
-           'require_space', 'note_of', 'is_unpacked', 'unpack_all', 'get_archive', 'download_coco', 'coco_command']
+           'require_space', 'note_of', 'is_unpacked', 'unpack_all', 'get_archive', 'download_coco', 'download_command']
 
 # %% ../nbs/34_download.ipynb #c4613bf5
 import json
@@ -30,9 +30,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 # %% ../nbs/34_download.ipynb #4e89823c
-from .annotations import DataError, named, sum_of
-from .check import check_coco
-from .distributed import get_logger
+from .annotations import named, sum_of
+from .distributed import UserError, get_logger, user_errors
 
 logger = get_logger(__name__)
 
@@ -45,7 +44,7 @@ class Archive(NamedTuple):
     sha256: str
 
 
-class DownloadError(RuntimeError):
+class DownloadError(UserError):
     "A file that could not be fetched whole: the message names it and says what to do."
 
 
@@ -382,19 +381,17 @@ def download_coco(
     return 0
 
 # %% ../nbs/34_download.ipynb #9c62c5cf
-def coco_command(argv: list[str] | None = None) -> None:
-    "The command `python -m detr_nb.coco`; ends with status 1 when a download failed or a set is not safe to train on."
+def download_command(argv: list[str] | None = None) -> None:
+    "The command `python -m detr_nb.download`; ends with status 1 when a download failed."
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    commands = {"download": download_coco, "check": check_coco}
-    try:
-        with logging_redirect_tqdm():
-            run_command = tyro.extras.subcommand_cli_from_dict
-            status = run_command(commands, prog="detr_nb.coco", args=argv, use_underscores=True)
-    except (DataError, DownloadError, OSError) as error:  # what a user can mend: the message is enough
-        logger.debug("where it happened", exc_info=True)
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
-    raise SystemExit(status)
+    with logging_redirect_tqdm(), user_errors():
+        try:
+            status = tyro.cli(download_coco, prog="detr_nb.download", args=argv, use_underscores=True)
+        except OSError as error:  # a disk that is full, a folder that may not be written
+            raise DownloadError(str(error)) from error
+        raise SystemExit(status)
 
 
 if __name__ == "__main__" and __package__ == "detr_nb":  # the second half keeps the notebook from starting it
-    coco_command()
+    download_command()
+

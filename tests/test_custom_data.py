@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 
 from detr_nb import train
-from detr_nb.convert import architecture
-from detr_nb.pretrained import load_detector
 from detr_nb.coco import CocoDataset, open_coco
+from detr_nb.convert import architecture
 from detr_nb.detr import build_detr
 from detr_nb.evaluation import CocoEvaluator, Detections
 from detr_nb.finetune import Vitals, cautions, describe, describe_command, model_flags, suggest, vitals
 from detr_nb.predict import PredictSettings, write_predictions
+from detr_nb.pretrained import load_detector
 
 pytestmark = pytest.mark.filterwarnings("ignore::detr_nb.annotations.DataWarning")
 NAMES = {1: "red", 5: "white", 9: "platelet"}  # neither in a row nor in alphabetical order

@@ -10,9 +10,9 @@ import torch
 from ledger import ONNXRUNTIME, TORCH, Ledger
 
 from detr_nb.checkpoints import save_checkpoint
-from detr_nb.pretrained import Preprocessing
 from detr_nb.detr import DETR, build_detr
 from detr_nb.export import ExportError, OnnxDETR, check_onnx, export_onnx, export_program, main
+from detr_nb.pretrained import Preprocessing
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")

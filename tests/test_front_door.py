@@ -18,8 +18,7 @@ from detr_nb.distributed import UserError
 from detr_nb.drawing import PictureError
 from detr_nb.segmentation import build_segmentation
 from detr_nb.shapes import CATEGORIES, draw_scene
-from detr_nb.shapes_set import RUNNING_INDEX
-from detr_nb.shapes_set import write_shapes
+from detr_nb.shapes_set import RUNNING_INDEX, write_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {"load", "train", "evaluate", "Config", "DataConfig", "ModelConfig", "LossConfig", "OptimizerConfig",

@@ -20,10 +20,10 @@ from PIL import Image
 from test_distributed import clean_environ, open_process, slurm_environ
 
 from detr_nb.batching import make_loader
-from detr_nb.pretrained import load_detector
 from detr_nb.coco import CocoDataset
 from detr_nb.detr import build_detr
 from detr_nb.evaluation import CocoEvaluator, evaluate
+from detr_nb.pretrained import load_detector
 from detr_nb.transforms import paper_transform
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from detr_nb.batching import CachedDataset, make_loader
 from detr_nb.annotations import DataError, DataWarning
+from detr_nb.batching import CachedDataset, make_loader
 from detr_nb.detr import Predictions, build_detr
 from detr_nb.distributed import Process, UserError, spawn
 from detr_nb.evaluation import evaluate

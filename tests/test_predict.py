@@ -24,15 +24,14 @@ from detr_nb import predict as predict_module
 from detr_nb.backbone import FrozenBatchNorm2d
 from detr_nb.batching import one_thread
 from detr_nb.checkpoints import CheckpointError, save_checkpoint
-from detr_nb.convert import to_released
-from detr_nb.pretrained import LoadedDetector, Preprocessing, load_detector
 from detr_nb.coco import Sample, read_image
+from detr_nb.convert import to_released
 from detr_nb.detr import build_detr
 from detr_nb.distributed import UserError
+from detr_nb.drawing import PictureError, Result, draw_objects, find_font, read_picture
 from detr_nb.panoptic_data import read_map, read_panoptic_index
-from detr_nb.drawing import PictureError, draw_objects, find_font, read_picture
-from detr_nb.drawing import Result
 from detr_nb.predict import find_pictures, main, predict
+from detr_nb.pretrained import LoadedDetector, Preprocessing, load_detector
 from detr_nb.segmentation import build_segmentation
 from detr_nb.shapes import STUFF, draw_scene
 from detr_nb.shapes_set import RUNNING_INDEX
@@ -380,7 +379,7 @@ def make_font(path: Path, letters: str) -> Path:
     font.setupGlyphOrder(names)
     font.setupCharacterMap({ord(letter): name for letter, name in zip(letters, names[1:])})
     font.setupGlyf({name: pen.glyph() for name in names[:1]} | dict.fromkeys(names[1:], pen.glyph()))
-    font.setupHorizontalMetrics({name: (1000, 0) for name in names})
+    font.setupHorizontalMetrics(dict.fromkeys(names, (1000, 0)))
     font.setupHorizontalHeader(ascent=900, descent=-100)
     font.setupNameTable({"familyName": "Squares", "styleName": "Regular"})
     font.setupOS2(), font.setupPost()
