@@ -20,6 +20,9 @@ pytestmark = [
 ]
 
 
+# ---------------------------------------------------------------- checking
+
+
 def picture(seed: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
 
