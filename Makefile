@@ -27,7 +27,7 @@ RUN_TESTS = MPLBACKEND=agg OMP_NUM_THREADS=$(THREADS) PATH="$(abspath $(BIN)):$$
 
 SETTING ?=
 
-.PHONY: help env train test test-slow test-machines book lint export check clean constraints
+.PHONY: help env train test test-slow test-machines test-book book lint export check clean constraints
 
 help: ## this list
 	@echo "detr_nb: a DETR you read, run and train"
@@ -80,6 +80,9 @@ runs/panoptic/predictions.png: | runs/shapes/predictions.png
 book: env ## build the pages of the book, warnings as errors
 	@PATH="$(abspath $(BIN)):$$PATH" jupyter-book build nbs -W -n --keep-going -q
 	@echo "make: the book is at nbs/_build/html/index.html"
+
+test-book: book ## look at every page in Chromium (BROWSER=path): network, console, links, pictures, axe-core, two widths
+	@$(BIN)/python -m pytest -q -m book -rs tests/test_book.py
 
 lint: env ## check the style of package, tests, tools and notebooks
 	@$(BIN)/ruff check .

@@ -92,7 +92,7 @@ RELEASED = {
 
 # %% ../nbs/20_checkpoints.ipynb #ad19d51f
 def _load_url(url: str) -> Any:
-    "What the file at an address holds; it is fetched once, and its digits are compared each time. Raises `CheckpointError`."
+    "What the file at an address holds, fetched once, its digits compared each time; raises `CheckpointError`."
     name = urlsplit(url).path.rsplit("/", 1)[-1] or "checkpoint"
     digits = re.search(r"-([0-9a-f]{8,64})\.\w+$", name)
     name = name if digits else f"{sha256(url.encode()).hexdigest()[:12]}_{name}"

@@ -109,7 +109,8 @@ def _detect(
         order = order[scores[order] >= threshold]
         if detector.is_thing is not None:  # there are no instances of stuff
             order = order[torch.tensor(detector.is_thing)[labels[order]]]
-        result.scores, result.labels, result.boxes = scores[order], labels[order], clip_boxes(boxes[order], *result.size)
+        result.scores, result.labels = scores[order], labels[order]
+        result.boxes = clip_boxes(boxes[order], *result.size)
         result.names, result.category_ids = (tuple(kind[label] for label in result.labels.tolist())
                                              for kind in (detector.names, detector.category_ids))
         if masks:  # one at a time is in memory at the picture's own size

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['logger', 'BACKBONE', 'LOGS', 'REQUEUE', 'SIGNALS', 'run_folders', 'open_run', 'ask_checkpoint', 'Run',
            'steps_of_epoch', 'log_step', 'log_epoch', 'save', 'save_or_warn', 'resume', 'listening', 'end_if_asked',
-           'until_asked', 'report_non_finite']
+           'until_asked']
 
 # %% ../nbs/29_runs.ipynb #1d146c8e
 import json
@@ -14,7 +14,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count, dropwhile, islice, takewhile
 from pathlib import Path
@@ -31,13 +31,13 @@ from tqdm import tqdm
 from .batching import Batch
 from .checkpoints import CHECKPOINT, PREVIOUS, CheckpointError, load_checkpoint, newest_checkpoint
 from .checkpoints import save_checkpoint, settings_changed
-from .config import Config, code_version
+from .config import PRESETS, Config, code_version
 from .convert import architecture, known_architecture
 from .criterion import SetCriterion
 from .detr import DETR
 from .distributed import Process, UserError, barrier, gather_objects, get_logger, is_main, reduce_mean
 from .distributed import reduce_sum
-from .engine import Averages, NotFinite, first_non_finite, preprocessing
+from .engine import Averages, preprocessing
 from .seeding import capture_generators, restore_generators
 from .segmentation import SegmentationDETR
 
@@ -73,7 +73,11 @@ def open_run(
     lock = FileLock(folder.resolve() / ".lock", is_singleton=True)
     if is_main() and not config.run.eval:
         try:
-            lock.acquire(timeout=patience_s)
+            with suppress(Timeout):
+                lock.acquire(timeout=0)
+            if not lock.is_locked:
+                logger.warning("%s belongs to a run that is going on: waiting %g s for its end", folder, patience_s)
+                lock.acquire(timeout=patience_s)
         except Timeout:
             text = f"{folder} belongs to a run that is going on: end that one, or give another --output_dir"
             raise UserError(text) from None
@@ -98,7 +102,8 @@ def _set_aside(folder: Path) -> None:
 def ask_checkpoint(told: Config) -> dict[str, Any]:
     "The settings that the checkpoint brings which is resumed, or which gives the weights; `resume` among them."
     run, known = told.run, told.flat()
-    if run.resume not in ("", "auto") and run.finetune:  # with auto: to begin with, if need be
+    by_preset = PRESETS["finetune"].run.finetune  # which nobody typed
+    if run.resume not in ("", "auto") and run.finetune not in ("", by_preset):  # with auto: to begin with, if need be
         raise UserError(f"--resume {run.resume} goes on with its own weights, and --finetune {run.finetune} would not "
                         "be read: leave one out")
     if resume := _find_checkpoint(told):
@@ -344,11 +349,9 @@ def listening() -> Iterator[None]:
     "Note SIGTERM and SIGUSR1 instead of dying of them; as before once the run has come to its end."
     known = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
     before = {number: signal.signal(number, _note) for number in known}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    yield  # who ends on a signal still listens: torchrun and the system may both send one
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def _note(number: int, frame: object) -> None:
@@ -381,25 +384,3 @@ def until_asked(run: Run, batches: Iterable[Batch]) -> Iterator[Batch]:
     "The batches of an evaluation; ends the program before the next one when a process is asked to."
     yield from takewhile(lambda batch: not _is_asked_to_end(), batches)
     end_if_asked(run, saved=True)
-
-# %% ../nbs/29_runs.ipynb #1c489118
-def report_non_finite(run: Run, batches: list[Batch], rates: list[float], error: FloatingPointError) -> NotFinite:
-    "Write `not_finite-RANK.json`, and return the error with which the run stops."
-    parts = run.bare_model, run.criterion, run.accelerator
-    culprits = {i: culprit for i, batch in enumerate(batches)
-                if (culprit := first_non_finite(*parts, batch, run.config))}
-    number, culprit = next(iter(culprits.items()), (0, "nothing when the step is taken again in this process"))
-    targets = batches[number].targets
-    report = {
-        "error": str(error), "first_not_finite": culprit, "epoch": run.epoch, "step": run.step, "learning_rates": rates,
-        **{name: getattr(targets, name).tolist() for name in ("image_ids", "counts", "labels", "boxes", "sizes")},
-        "last_losses": [loss for loss, _ in run.recent], "last_gradient_norms": [norm for _, norm in run.recent],
-    }  # fmt: skip
-    path = run.folder / f"not_finite-{run.process.rank}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    return NotFinite(
-        f"{error} (epoch {run.epoch}, step {run.step}, image ids {report['image_ids']}). The first that is not finite: "
-        f"{culprit}. Learning rates {rates}, last losses {[round(loss, 4) for loss in report['last_losses'][-5:]]}; "
-        f"more in {path}. Look at these images, lower --lr, use --mixed_precision no, or --detect_anomaly to see the "
-        "operation"
-    )

@@ -8,8 +8,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 CHAPTERS = [path for path in NOTEBOOKS if path.name[:2].isdigit()]
-every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-every_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 
 
 def cells_of(path: Path, kind: str) -> list[dict]:
@@ -27,62 +25,116 @@ def test_there_are_chapters():
     assert len(CHAPTERS) >= 16
 
 
-@every_notebook
-def test_is_saved_with_outputs_and_without_errors(path):
-    outputs = [output for cell in cells_of(path, "code") for output in cell["outputs"]]
-    assert outputs, "no saved outputs: the book would show none; run tools/chapter.py"
-    errors = [f"{output['ename']}: {output['evalue']}" for output in outputs if output["output_type"] == "error"]
-    assert not errors
+def faults(check, paths=NOTEBOOKS) -> list[str]:
+    "What `check` finds in any of the notebooks, with its name."
+    return [f"{path.name}: {fault}" for path in paths for fault in check(path)]
 
 
-@every_notebook
-def test_saved_outputs_name_no_folder_of_the_author(path):
-    outputs = [output for cell in cells_of(path, "code") for output in cell["outputs"]]
-    for output in outputs:  # in a picture's letters anything may stand by chance
-        output["data"] = {kind: data for kind, data in output.get("data", {}).items() if not kind.startswith("image/")}
-    text = json.dumps(outputs)
-    places = re.findall(r"(?:/home/|/Users/|/root/|/tmp/|site-packages/)[\w./-]*", text)
-    assert not places and str(ROOT) not in text, places
+def exported(source: str) -> bool:
+    return bool(re.search(r"^#\|\s*exporti?\b", source, re.MULTILINE))
 
 
-@every_notebook
-def test_is_smaller_than_a_megabyte(path):
-    assert path.stat().st_size < 1_000_000
+def code_lines(source: str) -> list[str]:
+    return [line for line in source.splitlines() if line.strip() and not line.startswith("#|")]
 
 
-@every_notebook
-def test_names_its_kernel_and_has_unique_cell_ids(path):
-    notebook = json.loads(path.read_text(encoding="utf-8"))
-    assert notebook["metadata"].get("kernelspec", {}).get("name") == "python3"
-    ids = [cell["id"] for cell in notebook["cells"]]
-    assert len(ids) == len(set(ids))
+def pictures_of(cell: dict) -> list[dict]:
+    return [output for output in cell["outputs"] if any(kind.startswith("image/") for kind in output.get("data", {}))]
 
 
-@every_notebook
-def test_begins_with_one_title(path):
-    titles = [line for cell in cells_of(path, "markdown")
-              for line in re.sub(r"```.*?```", "", cell["source"], flags=re.DOTALL).splitlines()
-              if line.startswith("# ")]
-    assert len(titles) == 1, titles
+def test_every_notebook_is_saved_with_outputs_and_without_errors():
+    def check(path):
+        outputs = [output for cell in cells_of(path, "code") for output in cell["outputs"]]
+        errors = [f"{output['ename']}: {output['evalue']}" for output in outputs if output["output_type"] == "error"]
+        return errors if outputs else ["no saved outputs: the book would show none; run tools/chapter.py"]
+
+    assert not faults(check)
 
 
-@every_notebook
-def test_a_captioned_cell_has_one_picture_with_a_name_and_an_alternative_text(path):
-    for cell in cells_of(path, "code"):
-        caption = directive(cell["source"], "fig-cap")
-        if caption is None:
-            continue
-        shown = [output for output in cell["outputs"] if "data" in output]
-        pictures = [output for output in shown if any(kind.startswith("image/") for kind in output["data"])]
-        assert len(pictures) == len(shown) == 1, f"{caption!r}: {len(shown)} outputs; end its last line with ';'"
-        assert directive(cell["source"], "fig-alt"), f"{caption!r} has no #| fig-alt"
-        assert (directive(cell["source"], "label") or "").startswith("fig-"), f"{caption!r} has no #| label: fig-..."
+def test_saved_outputs_name_no_folder_of_the_author():
+    def check(path):
+        outputs = [output for cell in cells_of(path, "code") for output in cell["outputs"]]
+        for output in outputs:  # in a picture's letters anything may stand by chance
+            output["data"] = {kind: data for kind, data in output.get("data", {}).items() if "image/" not in kind}
+        return re.findall(rf"(?:/home/|/Users/|/root/|/tmp/|site-packages/|{ROOT})[\w./-]*", json.dumps(outputs))
+
+    assert not faults(check)
 
 
-@every_notebook
-def test_code_has_at_most_120_columns(path):
-    lines = [line for cell in cells_of(path, "code") for line in cell["source"].splitlines()]
-    assert not [line for line in lines if len(line) > 120 and not line.startswith("#|")]
+def test_every_notebook_is_smaller_than_a_megabyte_names_its_kernel_and_has_unique_cell_ids():
+    def check(path):
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        ids = [cell["id"] for cell in notebook["cells"]]
+        kernel = notebook["metadata"].get("kernelspec", {}).get("name")
+        size = path.stat().st_size
+        return [what for what, wrong in {f"{size} bytes": size >= 1_000_000, f"kernel {kernel}": kernel != "python3",
+                                         "cell ids twice": len(ids) > len(set(ids))}.items() if wrong]
+
+    assert not faults(check)
+
+
+def test_every_notebook_begins_with_one_title():
+    def check(path):
+        titles = [line for cell in cells_of(path, "markdown")
+                  for line in re.sub(r"```.*?```", "", cell["source"], flags=re.DOTALL).splitlines()
+                  if line.startswith("# ")]
+        return [] if len(titles) == 1 else [str(titles)]
+
+    assert not faults(check)
+
+
+def test_a_captioned_cell_has_one_picture_with_a_name_and_an_alternative_text():
+    def check(path):
+        for cell in cells_of(path, "code"):
+            caption = directive(cell["source"], "fig-cap")
+            if caption is None:
+                continue
+            shown = [output for output in cell["outputs"] if "data" in output]
+            if not len(pictures_of(cell)) == len(shown) == 1:
+                yield f"{caption!r}: {len(shown)} outputs; end its last line with ';'"
+            if not directive(cell["source"], "fig-alt"):
+                yield f"{caption!r} has no #| fig-alt"
+            if not (directive(cell["source"], "label") or "").startswith("fig-"):
+                yield f"{caption!r} has no #| label: fig-..."
+
+    assert not faults(check)
+
+
+def test_code_has_at_most_120_columns():
+    def check(path):
+        lines = [line for cell in cells_of(path, "code") for line in cell["source"].splitlines()]
+        return [line for line in lines if len(line) > 120 and not line.startswith("#|")]
+
+    assert not faults(check)
+
+
+@pytest.mark.xfail(reason="a limit that some chapters have yet to reach")
+def test_a_cell_has_at_most_45_lines_of_code():
+    def check(path):
+        counts = [len(code_lines(cell["source"])) for cell in cells_of(path, "code")]
+        return [f"a cell of {count} lines" for count in counts if count > 45]
+
+    assert not faults(check, CHAPTERS)
+
+
+@pytest.mark.xfail(reason="a limit that some chapters have yet to reach")
+def test_a_chapter_shows_at_least_half_as_many_lines_as_it_exports():
+    def check(path):
+        lines = dict.fromkeys((True, False), 0)
+        for cell in cells_of(path, "code"):
+            lines[exported(cell["source"])] += len(code_lines(cell["source"]))
+        return [f"exports {lines[True]}, shows {lines[False]}"] if lines[True] > 2 * lines[False] else []
+
+    assert not faults(check, CHAPTERS)
+
+
+@pytest.mark.xfail(reason="a limit that some chapters have yet to reach")
+def test_a_chapter_has_at_least_two_pictures():
+    def check(path):
+        count = sum(len(pictures_of(cell)) for cell in cells_of(path, "code"))
+        return [f"{count} pictures"] if count < 2 else []
+
+    assert not faults(check, CHAPTERS)
 
 
 def test_figure_labels_are_unique_in_the_book():
@@ -91,10 +143,12 @@ def test_figure_labels_are_unique_in_the_book():
     assert sorted(labels) == sorted(set(labels))
 
 
-@every_chapter
-def test_exports_the_module_it_is_named_after(path):
-    modules = [module for cell in cells_of(path, "code") if (module := directive(cell["source"], "default_exp"))]
-    assert modules == [path.stem.split("_", 1)[1]]
+def test_every_chapter_exports_the_module_it_is_named_after():
+    def check(path):
+        modules = [module for cell in cells_of(path, "code") if (module := directive(cell["source"], "default_exp"))]
+        return [] if modules == [path.stem.split("_", 1)[1]] else [str(modules)]
+
+    assert not faults(check, CHAPTERS)
 
 
 def test_the_contents_list_every_notebook_in_reading_order():

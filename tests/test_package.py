@@ -15,7 +15,6 @@ ROOT = Path(__file__).resolve().parent.parent
 NUMBERS = {path.stem.split("_", 1)[1]: int(path.name[:2]) for path in (ROOT / "nbs").glob("[0-9][0-9]_*.ipynb")}
 MODULES = sorted(path.stem for path in (ROOT / "detr_nb").glob("*.py") if not path.stem.startswith("_"))
 NOTEBOOK_TOOLS = {"nbdev", "fastcore", "execnb", "IPython", "ipykernel", "jupytext", "nbformat", "nbclient"}
-every_module = pytest.mark.parametrize("name", MODULES)
 
 
 def imports_of(path: Path) -> set[str]:
@@ -35,16 +34,27 @@ def test_each_module_has_a_chapter_and_each_chapter_a_module():
     assert MODULES == sorted(NUMBERS)
 
 
-@every_module
-def test_imports_only_from_earlier_chapters(name):
-    ours = {module.split(".")[1] for module in imports_of(ROOT / f"detr_nb/{name}.py") if module.startswith("detr_nb.")}
-    later = {module for module in ours & NUMBERS.keys() if NUMBERS[module] >= NUMBERS[name]}
-    assert not later
+def test_modules_import_only_from_earlier_chapters_and_no_notebook_tools():
+    wrong = []
+    for name in MODULES:
+        found = imports_of(ROOT / f"detr_nb/{name}.py")
+        ours = {module.split(".")[1] for module in found if module.startswith("detr_nb.")}
+        wrong += [f"{name} imports {other}" for other in ours & NUMBERS.keys() if NUMBERS[other] >= NUMBERS[name]]
+        wrong += [f"{name} imports {tool}" for tool in {module.split(".")[0] for module in found} & NOTEBOOK_TOOLS]
+    assert not wrong
 
 
-@every_module
-def test_does_not_import_the_notebook_tools(name):
-    assert not {module.split(".")[0] for module in imports_of(ROOT / f"detr_nb/{name}.py")} & NOTEBOOK_TOOLS
+@pytest.mark.xfail(reason="a limit that some modules have yet to reach")
+def test_no_module_is_longer_than_one_reads_in_one_go():
+    counts = {name: len((ROOT / f"detr_nb/{name}.py").read_text(encoding="utf-8").splitlines()) for name in MODULES}
+    assert not {name: count for name, count in counts.items() if count > 400}
+    assert sum(counts.values()) <= 9000
+
+
+@pytest.mark.xfail(reason="a limit that some modules have yet to reach")
+def test_the_package_has_at_most_300_public_names():
+    counts = {name: len(importlib.import_module(f"detr_nb.{name}").__all__) for name in MODULES}
+    assert sum(counts.values()) <= 300, counts
 
 
 def test_imports_where_the_notebook_tools_are_missing():
@@ -92,17 +102,18 @@ assert not {"matplotlib.pyplot", "tyro"} & sys.modules.keys()
 """)
 
 
-@every_module
-def test_every_exported_name_says_what_it_is(name):
-    module = importlib.import_module(f"detr_nb.{name}")
-    defined = {key: value for key in module.__all__ if (value := getattr(module, key)) is not None
-               and (inspect.isclass(value) or inspect.isfunction(value)) and value.__module__ == module.__name__}
-    silent = [key for key, value in defined.items() if not has_own_docstring(value)]
-    for key, value in defined.items():
-        if inspect.isclass(value):
-            silent += [f"{key}.{method}" for method, body in vars(value).items()
-                       if inspect.isfunction(body) and not method.startswith("_") and method != "forward"
-                       and not inspect.getdoc(body)]
+def test_every_exported_name_says_what_it_is():
+    silent = []
+    for name in MODULES:
+        module = sys.modules.get(f"detr_nb.{name}") or importlib.import_module(f"detr_nb.{name}")
+        for key in module.__all__:
+            value = getattr(module, key)
+            if not (inspect.isclass(value) or inspect.isfunction(value)) or value.__module__ != module.__name__:
+                continue
+            silent += [] if has_own_docstring(value) else [f"{name}.{key}"]
+            methods = vars(value).items() if inspect.isclass(value) else ()
+            silent += [f"{name}.{key}.{method}" for method, body in methods if inspect.isfunction(body)
+                       and not method.startswith("_") and method != "forward" and not inspect.getdoc(body)]
     assert not silent
 
 
@@ -122,12 +133,11 @@ def test_a_name_is_exported_by_one_module_only():
     assert not {key: names for key, names in owners.items() if len(names) > 1}
 
 
-@every_module
-def test_does_not_print(name):
-    tree = ast.parse((ROOT / f"detr_nb/{name}.py").read_text(encoding="utf-8"))
-    calls = [node.lineno for node in ast.walk(tree)
+def test_no_module_prints():
+    calls = [f"{name}, line {node.lineno}" for name in MODULES
+             for node in ast.walk(ast.parse((ROOT / f"detr_nb/{name}.py").read_text(encoding="utf-8")))
              if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"]
-    assert not calls, f"lines {calls}: use logging or warnings"
+    assert not calls, "use logging or warnings"
 
 
 def test_the_package_is_what_the_notebooks_export(tmp_path):

@@ -1,0 +1,98 @@
+"""The pages of the book as a browser shows them: `make test-book` builds them and runs this.
+
+It takes the Chromium named by `BROWSER`, else one that is installed, and says so where there is none.
+"""
+import os
+import shutil
+from pathlib import Path
+from urllib.parse import unquote, urldefrag
+
+import pytest
+
+PAGES = Path(__file__).resolve().parent.parent / "nbs/_build/html"
+BROWSER = os.environ.get("BROWSER") or next(filter(None, map(shutil.which, (
+    "chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+SIZES = {"desk": (1280, 900), "phone": (390, 844)}  # in CSS pixels
+pytestmark = [
+    pytest.mark.book,
+    pytest.mark.skipif(BROWSER is None, reason="no Chromium found: install one, or name it in BROWSER"),
+]
+
+# a page has thousands of coloured words of code, at which axe-core looks for minutes; the theme's colours are its own
+WITHOUT_CODE = {"exclude": [["div.highlight"]]}
+LOOK = """() => {
+    const box = element => element.getBoundingClientRect();
+    const name = element => (element.getAttribute('src') || element.textContent).slice(0, 80);
+    const prose = document.querySelector('main').cloneNode(true);
+    prose.querySelectorAll('pre, code, script, style').forEach(element => element.remove());
+    const pictures = [...document.querySelectorAll('main img')];
+    return {
+        broken: pictures.filter(i => !i.complete || !i.naturalWidth).map(name),
+        bent: pictures.filter(i => i.naturalWidth && box(i).width > 0 && Math.abs(
+            box(i).width / box(i).height * i.naturalHeight / i.naturalWidth - 1) > 0.02).map(name),
+        nameless: pictures.filter(i => !i.getAttribute('alt')).map(name),
+        sideways: Math.max(0, document.scrollingElement.scrollWidth - innerWidth),
+        cut: [...document.querySelectorAll('div.cell_input pre')].filter(
+            p => p.scrollWidth > p.clientWidth + 1 && box(p).width > 0).map(name),
+        tex: (prose.innerText.match(/\\\\(?:\\(|\\[|frac|mathbb|mathcal|sum)|\\$\\$/g) || []),
+        links: [...document.querySelectorAll('a[href]')].map(a => a.href),
+        names: [...document.querySelectorAll('[id], a[name]')].map(e => e.id || e.name),
+    };
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if not (PAGES / "index.html").exists():
+        pytest.fail(f"no pages in {PAGES}: run `make test-book`, which builds them first")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+def visit(browser, path: Path, size: tuple[int, int]) -> dict:
+    "What a page shows, asks for and says, and what axe-core finds, at a width."
+    from axe_playwright_python.sync_playwright import Axe
+
+    context = browser.new_context(viewport={"width": size[0], "height": size[1]})
+    page, asked, said = context.new_page(), [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto(path.as_uri(), wait_until="load")
+    page.evaluate("async () => { for (const i of document.images) i.loading = 'eager';"
+                  " await Promise.allSettled([...document.images].map(i => i.decode())); }")
+    seen = page.evaluate(LOOK)
+    seen["console"] = list(said)  # axe-core, which comes last, has its own to say
+    seen["network"] = [url for url in asked if not url.startswith(("file:", "data:", "blob:"))]
+    seen["axe"] = [f"{found['impact']}: {found['id']}: {found['nodes'][0]['html'][:160]}"
+                   for found in Axe().run(page, WITHOUT_CODE, {"preload": False}).response["violations"]]
+    context.close()
+    return seen
+
+
+@pytest.mark.parametrize("width", SIZES)
+def test_every_page_opens_without_a_network_and_without_a_fault(browser, width):
+    pages = sorted(PAGES.glob("*.html"))
+    seen = {path.name: visit(browser, path, SIZES[width]) for path in pages}
+    names = {page: set(found["names"]) for page, found in seen.items()}
+    for found in seen.values():
+        found["dead"] = [link for link in found.pop("links") if is_dead(link, names)]
+        del found["names"]
+    faults = {page: {kind: what for kind, what in found.items() if what} for page, found in seen.items()}
+    faults = {page: found for page, found in faults.items() if found}
+    assert not faults, "\n".join(f"{page}: {kind}: {what}" for page, found in faults.items()
+                                 for kind, what in found.items())
+
+
+def is_dead(link: str, names: dict[str, set[str]]) -> bool:
+    "Whether a link into the book leads nowhere."
+    if not link.startswith("file:"):
+        return False
+    address, anchor = urldefrag(link)
+    path = Path(unquote(address.removeprefix("file://").partition("?")[0]))
+    if not path.exists():
+        return True
+    return bool(anchor) and path.name in names and unquote(anchor) not in names[path.name]

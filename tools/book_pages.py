@@ -1,0 +1,58 @@
+"""A Sphinx extension that makes the pages of the book open anywhere: without a network, on a phone, with a screen reader.
+
+Formulas become MathML, which browsers draw by themselves. What the theme gets wrong is mended in the finished page.
+"""
+import re
+from pathlib import Path
+
+from docutils import nodes
+from latex2mathml.converter import convert
+
+OTHERS_SCRIPTS = re.compile(r"thebe|mathjax", re.IGNORECASE)  # they ask other servers, and declare a constant twice
+MENDS = (
+    (r'(<button class="[^"]*search-button-field[^>]*?) aria-label="Search"', r"\1"),  # it is labelled by what it shows
+    (r'role="doc-biblioentry"', 'role="listitem"'),  # a list may hold nothing else
+    (r'<div (class="sidebar-primary-item">\s*<a class="navbar-brand)', r'<div role="banner" \1'),  # all belongs to a region
+    (r"console\.log\(", "void("),  # a reader's console is not ours
+    (r"<table(?! tabindex)", '<table tabindex="0"'),  # who has no mouse scrolls by the keyboard
+    (r"<th[^>]*>\s*(?:<p>\s*</p>)?\s*</th>", "<td></td>"),  # a header that says nothing
+)
+
+
+def visit_math(self, node: nodes.math) -> None:
+    "A formula in a line."
+    self.body.append(convert(node.astext()))
+    raise nodes.SkipNode
+
+
+def visit_math_block(self, node: nodes.math_block) -> None:
+    "A formula of its own, which scrolls where it is wider than the page."
+    name = f' id="{node["ids"][0]}"' if node.get("ids") else ""
+    self.body.append(f'<div class="math-block" tabindex="0"{name}>{convert(node.astext(), display="block")}</div>')
+    raise nodes.SkipNode
+
+
+def leave_out_scripts(app, pagename, templatename, context, doctree) -> None:
+    "Keep only the scripts that the page needs without a network."
+    scripts = context.get("script_files", [])
+    context["script_files"] = [script for script in scripts
+                               if not OTHERS_SCRIPTS.search(f"{script.filename} {script.attributes}")]
+
+
+def mend_pages(app, error) -> None:
+    "Put right what the theme's templates and docutils write."
+    for path in [] if error else Path(app.outdir).glob("*.html"):
+        page = path.read_text(encoding="utf-8")
+        for wrong, right in MENDS:
+            page = re.sub(wrong, right, page)
+        path.write_text(page, encoding="utf-8")
+    for name in [] if error else ("scripts/pydata-sphinx-theme.js", "togglebutton.js"):
+        path = Path(app.outdir, "_static", name)
+        path.write_text(path.read_text(encoding="utf-8").replace("console.log(", "void("), encoding="utf-8")
+
+
+def setup(app):
+    app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
+    app.connect("html-page-context", leave_out_scripts, priority=900)
+    app.connect("build-finished", mend_pages)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
