@@ -10,14 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
-from detr_nb import train
-from detr_nb.convert import architecture
-from detr_nb.pretrained import load_detector
+from detr_nb import finetune, train
+from detr_nb.checkpoints import load_checkpoint
 from detr_nb.coco import CocoDataset, open_coco
+from detr_nb.config import read_command_line
+from detr_nb.convert import architecture
 from detr_nb.detr import build_detr
 from detr_nb.evaluation import CocoEvaluator, Detections
-from detr_nb.finetune import Vitals, cautions, describe, describe_command, model_flags, suggest, vitals
+from detr_nb.finetune import Vitals, advise, cautions, model_flags, suggest, vitals
 from detr_nb.predict import PredictSettings, write_predictions
+from detr_nb.pretrained import load_detector
+from detr_nb.runs import ask_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::detr_nb.annotations.DataWarning")
 NAMES = {1: "red", 5: "white", 9: "platelet"}  # neither in a row nor in alphabetical order
@@ -70,7 +73,7 @@ def run(export, tmp_path_factory) -> Path:
 def test_a_roboflow_export_is_trained_on_and_evaluated(run):
     entry = json.loads((run / "log.txt").read_text().splitlines()[0])
     assert len(entry["test_coco_eval_bbox"]) == 12 and entry["train_loss"] > 0
-    state = train.load_checkpoint(run / "best.pth")
+    state = load_checkpoint(run / "best.pth")
     assert state["classes"] == {"ids": list(NAMES), "names": list(NAMES.values())}
 
 
@@ -131,7 +134,7 @@ def test_files_by_name_train_like_the_folder(run, export, tmp_path):
 ])  # fmt: skip
 def test_flags_that_contradict_each_other_are_refused(run, flags, words):
     with pytest.raises(ValueError) as error:
-        train.parse_config(flags.replace("RUN", str(run / "checkpoint.pth")).split())
+        train.check_settings(read_command_line(flags.replace("RUN", str(run / "checkpoint.pth")).split(), ask_checkpoint)[0])
     assert all(word in str(error.value) for word in words), error.value
 
 
@@ -247,7 +250,7 @@ def test_cautions_name_the_class():
 
 
 def test_the_suggested_command_is_one_that_trains(run, export, tmp_path, capsys):
-    describe_command([str(export), "--weights", str(run / "best.pth"), "--batch_size", "4"])
+    finetune.main([str(export), "--weights", str(run / "best.pth"), "--batch_size", "4"])
     text = capsys.readouterr().out
     assert "6 training and 6 validation images" in text and "red: only" in text
     words = text.splitlines()[-1].split()
@@ -255,7 +258,7 @@ def test_the_suggested_command_is_one_that_trains(run, export, tmp_path, capsys)
     train.main([*words[3:], *QUIET, "--output_dir", str(tmp_path)])
     assert (tmp_path / "checkpoint.pth").exists()
     assert f"--lr {float(words[words.index('--lr') + 1]):g}: 0.0001 was the checkpoint's at" in text
-    assert "detr_resnet50 --num_queries 100" in describe(export, "detr_resnet50", 8)  # nothing is fetched
+    assert "detr_resnet50 --num_queries 100" in advise(export, "detr_resnet50", 8)  # nothing is fetched
 
 
 def test_a_training_inside_a_program_leaves_threads_environment_and_signals_as_they_were(export, tmp_path):
@@ -270,18 +273,20 @@ def test_a_training_inside_a_program_leaves_threads_environment_and_signals_as_t
 
 def test_what_cannot_be_described_is_refused_in_one_message(tmp_path):
     with pytest.raises(SystemExit, match="DataError: no such folder"):
-        describe_command([str(tmp_path / "nowhere")])
+        finetune.main([str(tmp_path / "nowhere")])
 
 
 def test_weights_that_are_not_there_are_not_suggested(export):
     with pytest.raises(SystemExit, match="CheckpointError: .*typo.pth"):
-        describe_command([str(export), "--weights", "typo.pth"])
+        finetune.main([str(export), "--weights", "typo.pth"])
 
 
 @pytest.mark.parametrize("changes", [{}, {"pre_norm": True, "nheads": 4}, {"backbone": "resnet18", "dilation": False}])
 def test_a_model_s_flags_build_that_model(changes):
     model = build_detr(3, **{"backbone": "small", "norm": "group", "hidden_dim": 32, "nheads": 2, "enc_layers": 1,
                              "dec_layers": 2, "dim_feedforward": 48, "temperature": 20.0, **changes})  # fmt: skip
-    config = train.parse_config(["--coco_path", "x", "--no_pretrained", *model_flags(architecture(model))])
-    again = train.build_model(config, 3)
-    assert architecture(again) | {"num_queries": 100} == architecture(model)
+    words = ["--coco_path", "x", "--no_pretrained", *model_flags(architecture(model))]
+    known = read_command_line(words)[0].flat()
+    wanted = {{"norm": "backbone_norm"}.get(name, name): value for name, value in architecture(model).items()}
+    del wanted["num_classes"], wanted["num_queries"]  # of the data, and of the rule above
+    assert {name: known[name] for name in wanted} == wanted

@@ -1,12 +1,10 @@
-"""`python -m detr_nb.coco download` from a server that drops and lies; `check` on sound and broken sets."""
+"""`python -m detr_nb.download` from a server that drops and lies."""
 import hashlib
 import io
 import json
 import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
 import threading
 import zipfile
 from collections.abc import Callable
@@ -15,20 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 
-from detr_nb import coco_tools
-from detr_nb.check import quick_check
-from detr_nb.coco import CocoDataset, read_image
-from detr_nb.check import check_coco, check_split, look_at_image
-from detr_nb.download import Archive, DownloadError, coco_command, download_coco, space_needed, unpack
-
-ROOT = Path(__file__).resolve().parent.parent
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning"),  # torchvision 0.29
-]
-
+from detr_nb import download
+from detr_nb.download import Archive, DownloadError, download_coco, main, space_needed, unpack
 
 # ---------------------------------------------------------------- a server that misbehaves
 
@@ -120,14 +107,14 @@ def server(monkeypatch):
     "A server of the four archives; the program's list of them, its piece and its waiting times are made to fit."
     server = Server({f"/{path}": data for path, data in archives().items()})
     known = {}
-    for name, archive in coco_tools.ARCHIVES.items():
+    for name, archive in download.ARCHIVES.items():
         data = server.files[f"/{archive.path}"]
         known[name] = Archive(archive.path, len(data), 2 * len(data), hashlib.sha256(data).hexdigest())
-    monkeypatch.setattr(coco_tools, "ARCHIVES", known)
-    monkeypatch.setattr(coco_tools, "PIECE_BYTES", 1 << 14)
-    monkeypatch.setattr(coco_tools, "READ_BYTES", 1 << 12)
-    monkeypatch.setattr(coco_tools, "WAITS_S", (0.01, 0.02, 0.03))
-    monkeypatch.setattr(coco_tools, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(download, "ARCHIVES", known)
+    monkeypatch.setattr(download, "PIECE_BYTES", 1 << 14)
+    monkeypatch.setattr(download, "READ_BYTES", 1 << 12)
+    monkeypatch.setattr(download, "WAITS_S", (0.01, 0.02, 0.03))
+    monkeypatch.setattr(download, "TIMEOUT_S", 0.5)
     yield server
     server.server.shutdown()
     server.server.server_close()
@@ -141,7 +128,7 @@ def tree(root: Path) -> dict[str, bytes]:
 
 def pieces_asked(server: Server) -> set[int]:
     "The pieces that were asked for after the probe."
-    return {int(span.removeprefix("bytes=").split("-")[0]) // coco_tools.PIECE_BYTES for _, span in server.requests[1:]}
+    return {int(span.removeprefix("bytes=").split("-")[0]) // download.PIECE_BYTES for _, span in server.requests[1:]}
 
 
 def fetched(*folders: str) -> dict[str, bytes]:
@@ -152,7 +139,7 @@ def fetched(*folders: str) -> dict[str, bytes]:
 
 
 def test_everything_arrives_in_the_layout_of_a_training_and_nothing_else_stays(server, tmp_path):
-    assert download_coco(tmp_path, what="train, val,annotations,panoptic", url=server.url + "/") == 0
+    download_coco(tmp_path, what="train, val,annotations,panoptic", url=server.url + "/")
     assert tree(tmp_path) == FILES
 
 
@@ -181,7 +168,7 @@ def test_several_pieces_travel_at_the_same_time(server, tmp_path):
         return body
 
     server.spoil = wait_for_others
-    coco_tools.TIMEOUT_S = 6
+    download.TIMEOUT_S = 6
     download_coco(tmp_path, what="train", url=server.url, connections=3)
     assert tree(tmp_path) == fetched("train2017") and not meeting.broken
 
@@ -207,7 +194,7 @@ def test_a_server_that_goes_silent_is_given_up_and_the_next_start_fetches_the_re
     with pytest.raises(DownloadError, match=r"train2017.zip: .*brought nothing after byte .*go on from here"):
         download_coco(tmp_path, what="train", url=server.url, connections=2)
     done = json.loads((tmp_path / "train2017.zip.part.json").read_text())["done"]
-    assert len(done) >= whole // 2 // coco_tools.PIECE_BYTES - 1 > 2
+    assert len(done) >= whole // 2 // download.PIECE_BYTES - 1 > 2
     server.requests.clear()
     server.spoil = lambda number, first, body: body
     download_coco(tmp_path, what="train", url=server.url)
@@ -273,10 +260,10 @@ def test_wrong_bytes_are_found_and_nothing_of_them_is_kept(server, tmp_path):
 
 def test_a_member_with_another_checksum_than_its_archive_says_is_found(server, tmp_path, monkeypatch):
     "In the archive within the archive; the sum of the whole is right."
-    archive = coco_tools.ARCHIVES["panoptic"]
+    archive = download.ARCHIVES["panoptic"]
     spoil_member(server, f"/{archive.path}", "panoptic_val2017/000000000003.png")
     wrong = hashlib.sha256(server.files[f"/{archive.path}"]).hexdigest()
-    monkeypatch.setitem(coco_tools.ARCHIVES, "panoptic", archive._replace(sha256=wrong))
+    monkeypatch.setitem(download.ARCHIVES, "panoptic", archive._replace(sha256=wrong))
     with pytest.raises(DownloadError, match=r"damaged: Bad CRC-32 .*It is deleted"):
         download_coco(tmp_path, what="panoptic", url=server.url)
     assert not list(tmp_path.glob("*.zip*")) and not list(tmp_path.rglob("*.png*"))
@@ -323,7 +310,7 @@ def test_too_small_a_disk_is_refused_before_the_first_request(server, tmp_path, 
     with pytest.raises(DownloadError, match=r"has 0.0 GB of room, 0.0 GB are needed: free some"):
         download_coco(tmp_path, what="train", url=server.url)
     assert server.requests == [] and tree(tmp_path) == {}
-    needed = space_needed([coco_tools.ARCHIVES["train"]])
+    needed = space_needed([download.ARCHIVES["train"]])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
     with caplog.at_level("INFO"):
         download_coco(tmp_path, what="train", url=server.url)
@@ -332,14 +319,14 @@ def test_too_small_a_disk_is_refused_before_the_first_request(server, tmp_path, 
 
 def test_what_was_fetched_before_needs_no_room_again(server, tmp_path, monkeypatch):
     (tmp_path / "train2017.zip").write_bytes(server.files["/zips/train2017.zip"])
-    archive, usage = coco_tools.ARCHIVES["train"], shutil.disk_usage(tmp_path)
+    archive, usage = download.ARCHIVES["train"], shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=archive.unpacked))
     download_coco(tmp_path, what="train", url=server.url)
     assert fetched("train2017").items() <= tree(tmp_path).items()
 
 
 def test_the_room_of_the_real_archives_is_known():
-    real = list(coco_tools.ARCHIVES.values())
+    real = list(download.ARCHIVES.values())
     assert 38e9 < space_needed(real) < 45e9
     assert space_needed([Archive("a", 5, 6, ""), Archive("b", 1, 1, "")], keep_archives=True) == 13
 
@@ -391,228 +378,14 @@ def test_unpacking_goes_on_where_it_stopped_and_mends_what_is_wrong(tmp_path):
     assert first.stat().st_mtime == 1 and tree(root) == FILES
 
 
-# ---------------------------------------------------------------- checking
-
-
-def picture(seed: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
-
-
-def make_set(root: Path) -> dict[str, dict]:
-    "Two splits of four images with three objects of two classes each; returns the content of both files."
-    contents = {}
-    for split, base in (("train", 1), ("val", 101)):
-        folder = root / f"{split}2017"
-        folder.mkdir(parents=True)
-        images = [{"id": base + i, "file_name": f"{base + i}.jpg", "width": 40, "height": 30} for i in range(4)]
-        annotations = [{"id": n + 1, "image_id": base + n // 3, "category_id": 5 + n % 2, "bbox": [1 + n, 2, 10, 20],
-                        "area": 150, "iscrowd": 0} for n in range(12)]
-        contents[split] = {"images": images, "annotations": annotations,
-                           "categories": [{"id": 5, "name": "cat"}, {"id": 6, "name": "dog"}]}
-        for i, image in enumerate(images):
-            picture(i).save(folder / image["file_name"], quality=92)
-    write_set(root, contents)
-    return contents
-
-
-def write_set(root: Path, contents: dict[str, dict]) -> None:
-    (root / "annotations").mkdir(exist_ok=True)
-    for split, content in contents.items():
-        (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
-
-
-def check(root: Path, capsys, **more) -> tuple[int, str]:
-    "The status and the report."
-    status = check_coco(root, picture=root / "check.png", **more)
-    return status, capsys.readouterr().out
-
-
-def test_a_sound_set_is_safe(tmp_path, capsys):
-    make_set(tmp_path)
-    status, report = check(tmp_path, capsys)
-    assert status == 0 and report.endswith(": safe to train on\n")
-    assert not any(word in report for word in ("STOP", "warning", "note "))
-    with Image.open(tmp_path / "check.png") as drawn:
-        assert drawn.size[0] > 1000
-    rows = [" ".join(line.split()) for line in report.splitlines()]
-    assert "train 4 12 0 2 3.0" in rows and "cat 6 ######################## 6 ########################" in rows
-    assert any(row.startswith("2 to 3 4 #") for row in rows) and any(row.startswith("8 to 15 12 #") for row in rows)
-    assert "8 images in" in report and "per thousand" in report
-
-
-def exif(orientation: int) -> Image.Exif:
-    note = Image.Exif()
-    note[0x0112] = orientation
-    return note
-
-
-def image_fault(change: Callable[[Path], None], *words: str, decode: bool = False):
-    "A fault of the image train2017/2.jpg."
-    return lambda root, contents: change(root / "train2017" / "2.jpg"), words, decode
-
-
-def file_fault(change: Callable[[dict], None], *words: str):
-    "A fault of one of the files."
-    def apply(root, contents):
-        change(contents)
-        write_set(root, contents)
-
-    return apply, words, False
-
-
-def spoil_middle(path: Path) -> None:
-    "Zeros in the coded pixels, so that the JPEG's blocks come to nothing; both ends stay."
-    data = path.read_bytes()
-    path.write_bytes(data[:700] + b"\xff\xc4" * 40 + data[780:])
-
-
-def first(contents: dict, place: int) -> dict:
-    "An annotation of the training file."
-    return contents["train"]["annotations"][place]
-
-
-STOPS = {
-    "image missing": image_fault(Path.unlink, "train: 1 of 4 images missing: 2.jpg (image id 2)"),
-    "image is a page": image_fault(lambda path: path.write_text("<html>"), "1 of 4 images unreadable: 2.jpg"),
-    "image empty": image_fault(lambda path: path.write_bytes(b""), "1 of 4 images unreadable: 2.jpg"),
-    "image cut short": image_fault(lambda path: path.write_bytes(path.read_bytes()[:-99]),
-                                   "1 of 4 images cut short or damaged: 2.jpg (image id 2)"),
-    "image with zeros for its end": image_fault(
-        lambda path: path.write_bytes(path.read_bytes()[:-400] + bytes(400)), "cut short or damaged: 2.jpg"),
-    "image damaged in the middle": image_fault(spoil_middle, "cut short or damaged: 2.jpg", decode=True),
-    "image resized": image_fault(lambda path: picture(size=(20, 15)).save(path), "of another size than listed: 2.jpg"),
-    "image turned": image_fault(lambda path: picture(size=(30, 40)).save(path, exif=exif(6)), "another size", "2.jpg"),
-    "annotation id doubled": file_fault(lambda c: first(c, 3).update(id=1), "train: ", "repeat an id", ": 1."),
-    "categories differ": file_fault(lambda c: c["val"]["categories"][1].update(name="wolf"),
-                                    "both: train and val list different categories", "wolf", "dog"),
-    "file without annotations": file_fault(lambda c: c["val"].update(annotations=[]), "val: ", "has no annotations"),
-    "image of no list": file_fault(lambda c: c["val"]["annotations"][4].update(image_id=77), "image_ids 77", "ids 5"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("fault", STOPS)
-def test_a_fault_that_would_stop_or_spoil_a_training_is_named_and_not_safe(tmp_path, capsys, fault):
-    contents = make_set(tmp_path)
-    change, words, decode = STOPS[fault]
-    change(tmp_path, contents)
-    status, report = check(tmp_path, capsys, decode=decode)
-    lines = [line for line in report.splitlines() if line.startswith("STOP")]
-    assert status == 1 and len(lines) == 1 and report.endswith("not safe to train on, see STOP above (1)\n")
-    assert all(word in lines[0] for word in words), lines
-
-
-WARNINGS = {
-    "turned by EXIF": image_fault(lambda path: picture().save(path, exif=exif(3)),
-                                  "train: 1 of 4 images with an EXIF rotation", "2.jpg (image id 2)"),
-    "annotation id 0": file_fault(lambda c: first(c, 0).update(id=0), "annotation id 0"),
-    "box without width": file_fault(lambda c: first(c, 2).update(bbox=[1, 1, 0, 5]), "annotation ids 3"),
-    "box outside": file_fault(lambda c: first(c, 2).update(bbox=[99, 1, 9, 5]), "outside the image", "ids 3"),
-    "box over the edge": file_fault(lambda c: first(c, 2).update(bbox=[30, 1, 20, 5]), "clipped 1", "ids 3"),
-    "class in one split": file_fault(lambda c: [a.update(category_id=5) for a in c["val"]["annotations"]],
-                                     "val: 1 of 2 classes have no object: dog", "both: ", "in train only: dog"),
-    "no image with objects but one": file_fault(lambda c: [a.update(image_id=2) for a in c["train"]["annotations"]],
-                                                "train: 3 of 4 images have no object (image ids 1, 3, 4)"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("fault", WARNINGS)
-def test_what_one_should_look_at_is_a_warning_and_safe(tmp_path, capsys, fault):
-    contents = make_set(tmp_path)
-    change, words, decode = WARNINGS[fault]
-    change(tmp_path, contents)
-    status, report = check(tmp_path, capsys)
-    said = "\n".join(line for line in report.splitlines() if line.startswith("warning"))
-    assert status == 0 and "STOP" not in report and report.endswith(": safe to train on\n")
-    assert all(word in said for word in words), said
-
-
-def test_more_objects_than_queries_and_empty_images(tmp_path, capsys):
-    contents = make_set(tmp_path)
-    contents["train"]["annotations"][11]["image_id"] = 1
-    contents["val"]["annotations"] = contents["val"]["annotations"][:9]
-    write_set(tmp_path, contents)
-    status, report = check(tmp_path, capsys, num_queries=3)
-    assert status == 0 and "warning  train: 1 of 4 images have more objects than the model has queries" in report
-    assert "up to 4 (image ids 1): what is beyond 3 teaches nothing" in report
-    assert "note     val: 1 of 4 images have no object (image ids 104)" in report
-
-
-def test_all_faults_of_a_split_are_told_together(tmp_path, capsys):
-    contents = make_set(tmp_path)
-    for name in ("train2017/1.jpg", "val2017/102.jpg"):
-        (tmp_path / name).unlink()
-    (tmp_path / "train2017" / "3.jpg").write_bytes(b"x")
-    contents["train"]["annotations"][3]["id"] = 1  # the file is refused; its images are looked at all the same
-    write_set(tmp_path, contents)
-    status, report = check(tmp_path, capsys)
-    assert status == 1 and report.count("STOP   ") == 4
-    assert all(name in report for name in ("1.jpg", "3.jpg", "102.jpg"))
-
-
-def test_a_folder_without_a_set(tmp_path, capsys):
-    status, report = check(tmp_path, capsys)
-    assert status == 1 and report.count("no annotation file for the split") == 2
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
-def test_a_cut_file_is_found_whatever_its_kind(tmp_path, kind):
-    path = tmp_path / "image"
-    picture().save(path, kind)
-    whole = path.read_bytes()
-    assert look_at_image(path) == look_at_image(path, decode=True) == ("", (30, 40), False)
-    pixels = read_image(path)
-    for length in range(0, len(whole) - 4, 97):
-        path.write_bytes(whole[:length])  # a PNG may lack its last bytes and still have all pixels
-        assert look_at_image(path).problem or (kind != "JPEG" and torch.equal(read_image(path), pixels))
-
-
-def test_bytes_behind_the_end_are_no_fault(tmp_path):
-    picture().save(tmp_path / "a.jpg")
-    with (tmp_path / "a.jpg").open("ab") as file:
-        file.write(bytes(500))
-    assert look_at_image(tmp_path / "a.jpg").problem == ""
-
-
-def test_threads_do_not_change_the_findings(tmp_path):
-    make_set(tmp_path)
-    (tmp_path / "train2017" / "4.jpg").unlink()
-    (tmp_path / "train2017" / "2.jpg").unlink()
-    one, many = (check_split(tmp_path, "train", 100, False, threads).findings for threads in (1, 8))
-    assert one == many and "2 of 4 images missing: 2.jpg (image id 2), 4.jpg (image id 4)" in one[0].text
-
-
-# ---------------------------------------------------------------- the launcher's part
-
-
-def test_the_quick_check_warns_of_what_the_index_tells(tmp_path):
-    contents = make_set(tmp_path)
-    contents["train"]["categories"].append({"id": 7, "name": "kite"})
-    write_set(tmp_path, contents)
-    data = CocoDataset(tmp_path / "train2017", tmp_path / "annotations" / "instances_train2017.json")
-    said = quick_check(data, num_queries=2)
-    assert len(said) == 2 and all(line.startswith(f"{data.annotations}: ") and "\n" not in line for line in said)
-    assert "4 of 4 images have more objects" in said[0] and "1 of 3 classes have no object: kite" in said[1]
-    assert len(quick_check(data, num_queries=3)) == 1
-    some = data.subset([0, 0, 3])
-    assert some.class_counts.tolist() == [2 + 2 + 1, 1 + 1 + 2, 0] == np.bincount(
-        np.concatenate([some[i].labels for i in range(3)]), minlength=3).tolist()
-
-
 # ---------------------------------------------------------------- the command
 
 
-def test_the_command_reads_its_arguments(server, tmp_path, capsys):
-    with pytest.raises(SystemExit) as end:
-        coco_command(["download", str(tmp_path), "--what", "val", "--url", server.url, "--connections", "2"])
-    assert end.value.code == 0 and tree(tmp_path) == fetched("val2017")
+def test_the_command_reads_its_arguments(server, tmp_path):
+    main([str(tmp_path), "--what", "val", "--url", server.url, "--connections", "2"])
+    assert tree(tmp_path) == fetched("val2017")
     with pytest.raises(SystemExit, match="DownloadError: --what x"):
-        coco_command(["download", str(tmp_path), "--what", "x", "--url", server.url])
-
-
-def test_python_m_detr_nb_coco(tmp_path):
-    make_set(tmp_path / "set")
-    (tmp_path / "set" / "val2017" / "102.jpg").unlink()
-    command = [sys.executable, "-m", "detr_nb.coco", "check", f"{tmp_path}/set", "--picture", f"{tmp_path}/p.png"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "102.jpg" in done.stdout and (tmp_path / "p.png").is_file(), done.stderr
+        main([str(tmp_path), "--what", "x", "--url", server.url])
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(SystemExit, match="DownloadError: .*file"):
+        main([str(tmp_path / "file"), "--url", server.url])
