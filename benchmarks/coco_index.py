@@ -102,7 +102,7 @@ def pycocotools_index(root: Path) -> dict:
 
 def our_index(root: Path, with_masks: bool = False) -> dict:
     "Read the index."
-    from detr_nb.annotations import read_index
+    from detr_nb.coco import read_index
 
     before, began, cpu = private_mb(), time.perf_counter(), cpu_seconds()
     index = read_index(root / "annotations" / "instances_train2017.json", with_masks)

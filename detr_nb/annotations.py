@@ -4,28 +4,24 @@
 
 # %% auto #0
 __all__ = ['HUGE', 'DataError', 'DataWarning', 'named', 'Categories', 'starts', 'PackedBytes', 'ImageColumns', 'ObjectColumns',
-           'CocoIndex', 'read_annotations', 'read_categories', 'read_image_columns', 'clip_to_image', 'read_index',
-           'sum_of', 'runs_of', 'to_run_length']
+           'CocoIndex', 'read_images', 'clip_to_image', 'Listed', 'read_listed', 'sum_of']
 
 # %% ../nbs/06_annotations.ipynb #ae6220e2
 import hashlib
 import json
-import math
-import operator
 import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
-from pycocotools import mask as run_length
 from torch import Tensor
 
 from .distributed import UserError
@@ -127,36 +123,70 @@ class CocoIndex(NamedTuple):
     categories: Categories
 
 # %% ../nbs/06_annotations.ipynb #eec79029
+_Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+_Side = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
+
+
 class _Category(msgspec.Struct):
-    "Anything may stand in a field: what is wrong is said below, by the entry's id."
-    id: Any = None
+    id: _Id
     name: Any = None
     supercategory: Any = None
 
 
 class _Image(msgspec.Struct, gc=False):
-    id: Any = None
-    height: Any = None
-    width: Any = None
-    file_name: Any = None
+    id: _Id
+    height: _Side
+    width: _Side
+    file_name: Annotated[str, msgspec.Meta(min_length=1)]
 
 
 class _Annotation(msgspec.Struct, gc=False):
-    id: Any = None
-    image_id: Any = None
-    category_id: Any = None
-    bbox: Any = None
+    id: _Id
+    image_id: _Id
+    category_id: _Id
+    bbox: tuple[float | None, ...] | None = None
     area: Any = None
-    iscrowd: Any = None
+    iscrowd: Literal[0, 1] | bool | None = None
     segmentation: msgspec.Raw = msgspec.Raw(b"null")  # the text itself: few need it, and as numbers it is large
 
 
-class _File(msgspec.Struct):
-    images: list[_Image] | None = None
-    annotations: list[_Annotation] | None = None
-    categories: list[_Category] | None = None
+class _Images(msgspec.Struct):
+    images: Annotated[list[_Image], msgspec.Meta(min_length=1)]
+
+
+class _File(_Images, kw_only=True):
+    annotations: Annotated[list[_Annotation], msgspec.Meta(min_length=1)]
+    categories: Annotated[list[_Category], msgspec.Meta(min_length=1)]
 
 # %% ../nbs/06_annotations.ipynb #99ec7fc2
+_ONE = {"images": "image", "annotations": "annotation", "categories": "category"}
+_MUST_BE = {"bbox": "[x, y, width, height] in pixels", "iscrowd": "0 or 1", "file_name": "the name of the image's file",
+            "height": "positive, in pixels", "width": "positive, in pixels"}
+
+
+def _wrong_value(entry: dict, i: int, section: str, key: str, path: Path) -> DataError:
+    "The error that names an entry and what stands in its field `key`."
+    return DataError(f"{path}: {_ONE[section]} {entry.get('id')!r} (entry {i} of {section!r}) has {key} "
+                     f"{entry.get(key)!r}; it must be {_MUST_BE.get(key, 'a 64-bit integer')}")
+
+
+def _misfit(reason: str, data: bytes, path: Path) -> DataError:
+    "The error for a file that is JSON but does not fit, after msgspec's reason with its place in the file."
+    content = json.loads(data)  # raises ValueError where the file is broken further on
+    section = re.search(r"\b(images|annotations|categories)\b", reason)
+    if not isinstance(content, dict) or not section:
+        return DataError(f"annotation file {path} is not a COCO object with 'images', 'annotations' and 'categories' "
+                         f"but a {type(content).__name__} (a list is the format of detection results)")
+    entries, place = content.get(section[0]), re.search(r"\[(\d+)\](?:\.(\w+))?", reason)
+    if not place:
+        return DataError(f"annotation file {path} has no {section[0]}: found {entries!r:.40} under {section[0]!r}. "
+                         "Detection needs a COCO 'instances' file with images, annotations and categories")
+    i, missing = int(place[1]), re.search(r"missing required field `(\w+)`", reason)
+    if not isinstance(entries[i], dict):
+        return DataError(f"{path}: entry {i} of {section[0]!r} is {entries[i]!r}, not an object; export the file again")
+    return _wrong_value(entries[i], i, section[0], missing[1] if missing else place[2], path)
+
+# %% ../nbs/06_annotations.ipynb #08a2d259
 HUGE = 1e300  # no coordinate and no area; stands for what is not finite
 
 
@@ -168,121 +198,69 @@ def _finite(data: bytes) -> bytes:
 
 def _once(pairs: list[tuple[str, Any]]) -> None:
     "Raises ValueError where an object of the file holds one of COCO's lists twice."
-    for name in ("images", "annotations", "categories"):
+    for name in _ONE:
         if sum(key == name for key, _ in pairs) > 1:
             raise ValueError(f"it holds {name!r} twice")
 
 
-def _decode(data: bytes) -> _File:
-    "The file's text as entries; raises ValueError."
-    data = data.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
-    data.isascii() or data.decode()  # msgspec does not look at text that it walks over
+def _read_entries(path: Path, kind: type = _File) -> Any:
+    "What an annotation file lists; raises DataError when it is missing, cut short or not COCO."
     try:
-        content = msgspec.json.decode(data, type=_File)
-    except msgspec.ValidationError:
-        msgspec.json.decode(data)  # a file that is broken further on is called broken
-        raise
-    except msgspec.DecodeError:
-        if b"NaN" not in data and b"Infinity" not in data:
-            raise
-        content = msgspec.json.decode(_finite(data), type=_File)
-    if any(data.count(f'"{name}"'.encode()) > 1 for name in _File.__struct_fields__):
-        json.loads(data, object_pairs_hook=_once)
-    return content
-
-
-def read_annotations(path: Path) -> _File:
-    "The entries of an annotation file; raises DataError when it is missing, cut short or not COCO."
-    try:
-        data = path.read_bytes()
+        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # a byte order mark
     except OSError as error:
         raise DataError(f"cannot read annotation file {path}: {error.strerror or error}") from error
     try:
-        return _decode(data)
-    except msgspec.ValidationError as error:
-        found = re.search(r"`\$\.(images|annotations|categories)(?:\[(\d+)\])?", str(error))
-        if found and found[2]:
-            raise DataError(f"{path}: entry {found[2]} of {found[1]!r} is not an object that can be read ({error}); "
-                            "export the file again") from error
-        if found:
-            raise DataError(f"annotation file {path} has no {found[1]}: {error}. Detection needs a COCO 'instances' "
-                            "file with images, annotations and categories") from error
-        raise DataError(f"annotation file {path} is not a COCO object with 'images', 'annotations' and 'categories' "
-                        f"(a list is the format of detection results): {error}") from error
+        data.isascii() or data.decode()  # msgspec does not look at text that it walks over
+        if any(data.count(f'"{name}"'.encode()) > 1 for name in _ONE):
+            json.loads(data, object_pairs_hook=_once)
+        try:
+            try:
+                return msgspec.json.decode(data, type=kind)
+            except msgspec.DecodeError:
+                return msgspec.json.decode(_finite(data), type=kind)
+        except msgspec.ValidationError as error:
+            misfit = _misfit(str(error), data, path)
     except (ValueError, RecursionError) as error:  # msgspec's DecodeError is a ValueError
         raise DataError(f"annotation file {path} ({len(data)} bytes) is cut short or not JSON: {error}. "
                         "Fetch or export it again") from error
-
-# %% ../nbs/06_annotations.ipynb #08a2d259
-def _section(content: _File, name: str, path: Path) -> list:
-    "The entries of one of the file's lists; raises DataError when there are none."
-    entries = getattr(content, name)
-    if not entries:
-        raise DataError(
-            f"annotation file {path} has no {name}: found {'nothing' if entries is None else 'an empty list'} under "
-            f"{name!r}. Detection needs a COCO 'instances' file with images, annotations and categories"
-        )
-    return entries
+    raise misfit
 
 # %% ../nbs/06_annotations.ipynb #59baaff6
-def _field(entries: list, key: str) -> list:
-    "One value of every entry, None where there is none."
-    return list(map(operator.attrgetter(key), entries))
-
-
-def _integers(entries: list, key: str, name: str, path: Path) -> np.ndarray:
-    "One integer of every entry as an array; raises DataError naming the first entry that has none."
-    values = _field(entries, key)
-    if set(map(type, values)) <= {int}:
-        try:
-            return np.fromiter(values, np.int64, len(values))
-        except OverflowError:
-            pass
-    i = next(i for i, value in enumerate(values) if type(value) is not int or not -(2**63) <= value < 2**63)
-    own_id = "" if key == "id" else f" (id {entries[i].id!r})"
-    raise DataError(f"{path}: entry {i} of {name!r}{own_id} has {key} {values[i]!r}; it must be a 64-bit integer")
+def _column(entries: list, key: str, kind: type = np.int64) -> np.ndarray:
+    "One field of every entry."
+    return np.fromiter(map(attrgetter(key), entries), kind, len(entries))
 
 
 def _require_unique(ids: np.ndarray, name: str, path: Path) -> None:
     "Raise DataError when an id occurs twice."
     values, counts = np.unique(ids, return_counts=True)
     if len(values) < len(ids):
-        raise DataError(
-            f"{path}: {len(ids) - len(values)} of {len(ids)} {name} repeat an id that another one has: "
-            f"{named(values[counts > 1])}. Ids must be unique: number the {name} anew"
-        )
+        raise DataError(f"{path}: {len(ids) - len(values)} of {len(ids)} {name} repeat an id that another one has: "
+                        f"{named(values[counts > 1])}. Ids must be unique: number the {name} anew")
 
 # %% ../nbs/06_annotations.ipynb #602cd363
 def _repeated(values: Sequence[str]) -> list[str]:
     "Each value that occurs more than once, once, in order."
-    seen: set[str] = set()
-    return list(dict.fromkeys(value for value in values if value in seen or seen.add(value)))
+    return [value for value, count in Counter(values).items() if count > 1]
 
 
-def _find_heading(categories: list[_Category], used: Sequence) -> _Category | None:
+def _find_heading(categories: list[_Category], used: np.ndarray) -> _Category | None:
     "The category that all others name as their supercategory and that is not among the `used` ids; None without one."
     groups = Counter(str(entry.supercategory) for entry in categories)
     for entry in categories if len(categories) > 1 else ():
-        name = str(entry.name)
-        if groups[name] == len(categories) - 1 and str(entry.supercategory) != name:
-            return None if entry.id in used else entry
+        if groups[str(entry.name)] == len(categories) - 1 and str(entry.supercategory) != str(entry.name):
+            return None if (used == entry.id).any() else entry
     return None
 
 
-def read_categories(
-    content: _File,
-    used: Sequence,  # the category ids of the annotations
-    path: Path,
-) -> Categories:
+def _to_categories(entries: list[_Category], used: np.ndarray, path: Path) -> Categories:
     "The categories in ascending order of their ids; a heading is left out with a warning."
-    entries = _section(content, "categories", path)
-    _require_unique(_integers(entries, "id", "categories", path), "categories", path)
-    heading = _find_heading(entries, used)
-    if heading:
+    _require_unique(_column(entries, "id"), "categories", path)
+    if heading := _find_heading(entries, used):
         entries = [entry for entry in entries if entry is not heading]
         warnings.warn(f"{path}: left out category {heading.id} ({heading.name}): it is the group of all "
                       f"others and no annotation uses it. Classes: {len(entries)}", DataWarning, stacklevel=2)
-    entries = sorted(entries, key=operator.attrgetter("id"))
+    entries = sorted(entries, key=attrgetter("id"))
     names = tuple(str(entry.id if entry.name is None else entry.name) for entry in entries)
     if twice := _repeated(names):
         warnings.warn(f"{path}: {len(twice)} category names stand for several ids: {named(twice)}. Each id is a class "
@@ -290,46 +268,30 @@ def read_categories(
     return Categories(names, tuple(entry.id for entry in entries))
 
 # %% ../nbs/06_annotations.ipynb #720ec0bf
-def read_image_columns(content: _File, path: Path) -> ImageColumns:
-    "Ids, sizes and file names of the images; raises DataError naming the image that lacks one."
-    entries = _section(content, "images", path)
-    ids = _integers(entries, "id", "images", path)
+def _to_images(entries: list[_Image], path: Path) -> ImageColumns:
+    "The images as columns; raises DataError where two have one id."
+    ids, names = _column(entries, "id"), [entry.file_name for entry in entries]
     _require_unique(ids, "images", path)
-    sizes = np.stack([_integers(entries, key, "images", path) for key in ("height", "width")], axis=1)
-    for i in np.flatnonzero((sizes <= 0).any(1))[:1]:
-        height, width = sizes[i]
-        raise DataError(f"{path}: image {ids[i]} has height {height} and width {width}; both must be positive")
-    names = _field(entries, "file_name")
-    if not (set(map(type, names)) <= {str} and all(names)):
-        i = next(i for i, name in enumerate(names) if not (isinstance(name, str) and name))
-        raise DataError(f"{path}: image {ids[i]} has file_name {names[i]!r}; it must name the image's file")
-    if len(set(names)) < len(names):
-        warnings.warn(f"{path}: {len(names) - len(set(names))} images share a file with another one: "
-                      f"{named(_repeated(names))}. If each of them holds a part of the file's annotations, merge them: "
-                      "what one lists is background for the other", DataWarning, stacklevel=2)
-    packed = PackedBytes.pack([name.encode("utf-8", "surrogatepass") for name in names])
-    return ImageColumns(torch.from_numpy(ids), torch.from_numpy(sizes), packed)
+    if twice := _repeated(names):
+        warnings.warn(f"{path}: {len(names) - len(set(names))} images share a file with another one: {named(twice)}. "
+                      "If each of them holds a part of the file's annotations, merge them: what one lists is "
+                      "background for the other", DataWarning, stacklevel=2)
+    sizes = np.stack([_column(entries, "height"), _column(entries, "width")], axis=1)
+    return ImageColumns(torch.from_numpy(ids), torch.from_numpy(sizes), PackedBytes.pack([n.encode() for n in names]))
+
+
+def read_images(path: Path) -> ImageColumns:
+    "The images that an annotation file lists, whatever is wrong with its annotations; raises DataError."
+    return _to_images(_read_entries(path, _Images).images, path)
 
 # %% ../nbs/06_annotations.ipynb #b5b290a7
-def _is_box(box: Any) -> bool:
-    "True for four numbers, or nothing in the place of a number."
-    return isinstance(box, (list, tuple)) and len(box) == 4 and all(
-        value is None or type(value) is float or (type(value) is int and abs(value) < HUGE) for value in box
-    )
-
-
-def _read_boxes(entries: list[_Annotation], ids: np.ndarray, path: Path) -> np.ndarray:
-    "The boxes (xywh, float64) as an array; not-a-number where there is none; raises DataError for other shapes."
-    boxes = [box or (math.nan,) * 4 for box in _field(entries, "bbox")]
-    if set(map(type, boxes)) <= {list, tuple} and set(map(len, boxes)) == {4}:
-        numbers = list(chain.from_iterable(boxes))
-        if set(map(type, numbers)) <= {int, float, type(None)}:
-            try:
-                return np.array(numbers, dtype=np.float64).reshape(-1, 4)  # None becomes nan
-            except OverflowError:
-                pass
-    i = next(i for i, box in enumerate(boxes) if not _is_box(box))
-    raise DataError(f"{path}: annotation {ids[i]} has bbox {boxes[i]!r}; it must be [x, y, width, height] in pixels")
+def _to_boxes(entries: list[_Annotation], path: Path) -> np.ndarray:
+    "The boxes (xywh, float64); not-a-number where there is none; raises DataError for one that is not four numbers."
+    boxes = [entry.bbox or (None,) * 4 for entry in entries]
+    if set(map(len, boxes)) != {4}:
+        i = next(i for i, box in enumerate(boxes) if len(box) != 4)
+        raise _wrong_value({"id": entries[i].id, "bbox": list(boxes[i])}, i, "annotations", "bbox", path)
+    return np.array(boxes, dtype=np.float64)  # None becomes nan
 
 # %% ../nbs/06_annotations.ipynb #05aed3e4
 def clip_to_image(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -353,34 +315,26 @@ def _find_bad_boxes(boxes: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarra
     }
 
 # %% ../nbs/06_annotations.ipynb #0186952e
-def _warn_about_boxes(reasons: dict[str, np.ndarray], over_edge: np.ndarray, ids: np.ndarray, path: Path) -> None:
-    "One warning that counts what is skipped and what is clipped, with the first annotation ids of each kind."
-    parts = [f"skipped {mask.sum()} of {len(ids)} annotations {reason} (annotation ids {named(ids[mask])})"
-             for reason, mask in reasons.items() if mask.any()]
-    if over_edge.any():
-        parts.append(f"clipped {over_edge.sum()} of {len(ids)} boxes that reach over the image's edge "
-                     f"(annotation ids {named(ids[over_edge])})")
-    if over_edge.mean() > 0.2:
-        parts.append("so many over the edge suggest corners; COCO boxes are [x, y, width, height]")
-    if parts:
-        warnings.warn(f"{path}: " + "; ".join(parts), DataWarning, stacklevel=2)
-
-# %% ../nbs/06_annotations.ipynb #795d205c
-def _keep_sound(
-    boxes: np.ndarray, sizes: np.ndarray, crowd: np.ndarray, ids: np.ndarray, path: Path
-) -> np.ndarray:
-    "Which annotations to keep; warns about the others, raises DataError when nothing is left to learn."
-    reasons = _find_bad_boxes(boxes, sizes)
+def _keep_sound(boxes: np.ndarray, sizes: np.ndarray, crowd: np.ndarray, ids: np.ndarray, path: Path) -> np.ndarray:
+    "Which annotations to keep; one warning counts the others, DataError when nothing is left to learn."
+    reasons, total = _find_bad_boxes(boxes, sizes), len(ids)
     keep = ~np.logical_or.reduce(list(reasons.values()))
-    over = np.maximum(-boxes[:, :2], boxes[:, :2] + boxes[:, 2:] - sizes[:, ::-1]).max(1)
-    _warn_about_boxes(reasons, keep & (over > 1), ids, path)  # a fraction of a pixel is rounding
+    beyond = np.maximum(-boxes[:, :2], boxes[:, :2] + boxes[:, 2:] - sizes[:, ::-1]).max(1)
+    over = keep & (beyond > 1)  # less than a pixel is rounding
+    said = [f"skipped {mask.sum()} of {total} annotations {reason} (annotation ids {named(ids[mask])})"
+            for reason, mask in reasons.items() if mask.any()]
+    if over.any():
+        said.append(f"clipped {over.sum()} of {total} boxes that reach over the image's edge "
+                    f"(annotation ids {named(ids[over])})")
+    if over.mean() > 0.2:
+        said.append("so many over the edge suggest corners; COCO boxes are [x, y, width, height]")
+    if said:
+        warnings.warn(f"{path}: {'; '.join(said)}", DataWarning, stacklevel=2)
     if not (keep & ~crowd).any():
-        raise DataError(f"{path}: none of its {len(ids)} annotations has a usable box; boxes are [x, y, width, height]")
+        raise DataError(f"{path}: none of its {total} annotations has a usable box; boxes are [x, y, width, height]")
     if (boxes[keep] <= 1).all():
-        raise DataError(
-            f"{path}: no box reaches beyond its image's first pixel: they look divided by the image's size. "
-            "COCO boxes are in pixels"
-        )
+        raise DataError(f"{path}: no box reaches beyond its image's first pixel: they look divided by the image's "
+                        "size. COCO boxes are in pixels")
     return keep
 
 # %% ../nbs/06_annotations.ipynb #49df1452
@@ -390,11 +344,9 @@ def _rows_of(values: np.ndarray, known: np.ndarray, ids: np.ndarray, what: str, 
     rows = order[np.searchsorted(known[order], values).clip(max=len(known) - 1)]
     missing = known[rows] != values
     if missing.any():
-        raise DataError(
-            f"{path}: {missing.sum()} of {len(ids)} annotations have a {what} that the file does not list: annotation "
-            f"ids {named(ids[missing])}, {what}s {named(np.unique(values[missing]))}. "
-            "Either entries were lost or the file mixes two sets: export it again"
-        )
+        raise DataError(f"{path}: {missing.sum()} of {len(ids)} annotations have a {what} that the file does not list: "
+                        f"annotation ids {named(ids[missing])}, {what}s {named(np.unique(values[missing]))}. "
+                        "Either entries were lost or the file mixes two sets: export it again")
     return rows
 
 
@@ -406,74 +358,30 @@ def _check_annotation_ids(ids: np.ndarray, path: Path) -> None:
                       f"which pycocotools takes for 'no match'. The evaluation numbers all {len(ids)} annotations from "
                       "1; messages go on naming the ids of the file", DataWarning, stacklevel=2)
 
-# %% ../nbs/06_annotations.ipynb #4daaf579
-def _read_crowd(entries: list[_Annotation], ids: np.ndarray, path: Path) -> np.ndarray:
-    "Which annotations are crowds; a missing `iscrowd` means no."
-    values = [value or 0 for value in _field(entries, "iscrowd")]
-    if not set(values if set(map(type, values)) <= {int, bool} else [None]) <= {0, 1}:
-        i = next(i for i, value in enumerate(values) if type(value) not in (int, bool) or value not in (0, 1))
-        raise DataError(f"{path}: annotation {ids[i]} has iscrowd {values[i]!r}; it must be 0 or 1")
-    return np.array(values, dtype=bool)
-
-# %% ../nbs/06_annotations.ipynb #d444049d
-def _listed_areas(entries: list[_Annotation]) -> np.ndarray:
-    "The areas in the file; not-a-number where there is none, or none that an area can be."
-    values = _field(entries, "area")
-    fits = [type(value) in (int, float) and 0 <= value < HUGE for value in values]
-    return np.array([value if fit else math.nan for value, fit in zip(values, fits)], dtype=np.float64)
+# %% ../nbs/06_annotations.ipynb #a06listd
+class Listed(NamedTuple):
+    "What a file lists, checked: the annotations with a usable box, those of one image together."
+    images: ImageColumns
+    categories: Categories
+    entries: list  # id, area, iscrowd, segmentation as in the file
+    rows: np.ndarray  # of their images
+    labels: np.ndarray  # 0..K-1
+    boxes: np.ndarray  # (objects, 4) xywh in pixels, float64
 
 
-def _fill_areas(
-    areas: np.ndarray, entries: list[_Annotation], boxes: np.ndarray, sizes: np.ndarray, ids: np.ndarray, path: Path
-) -> np.ndarray:
-    "The areas, and where there is none that of the outline, or of the box; warns of what stands there and is none."
-    areas, missing = areas.copy(), np.flatnonzero(np.isnan(areas)).tolist()
-    if wrong := [i for i in missing if entries[i].area is not None]:
-        warnings.warn(f"{path}: replaced {len(wrong)} of {len(ids)} areas that are no area by that of the outline or "
-                      f"box (annotation ids {named(ids[wrong])})", DataWarning, stacklevel=2)
-    for i in missing:
-        outline, (height, width) = json.loads(bytes(entries[i].segmentation)), sizes[i].tolist()
-        drawn = _has_outline(outline, height, width)
-        areas[i] = run_length.area(to_run_length(outline, height, width)) if drawn else boxes[i, 2] * boxes[i, 3]
-    return areas
-
-# %% ../nbs/06_annotations.ipynb #b0393c59
-def _read_objects(
-    entries: list[_Annotation],
-    with_masks: bool,
-    images: ImageColumns,
-    categories: Categories,
-    path: Path,
-) -> ObjectColumns:
-    "The sound annotations as columns, sorted by image."
-    keys = ("id", "image_id", "category_id")
-    ids, image_ids, category_ids = (_integers(entries, key, "annotations", path) for key in keys)
-    crowd, boxes, areas = _read_crowd(entries, ids, path), _read_boxes(entries, ids, path), _listed_areas(entries)
+def read_listed(path: Path) -> Listed:
+    "Read and check a COCO annotation file; raises DataError, warns with DataWarning."
+    file = _read_entries(path)
+    entries, categories_used = file.annotations, _column(file.annotations, "category_id")
+    categories, images = _to_categories(file.categories, categories_used, path), _to_images(file.images, path)
+    ids, boxes = _column(entries, "id"), _to_boxes(entries, path)
     _check_annotation_ids(ids, path)
-    rows = _rows_of(image_ids, images.ids.numpy(), ids, "image_id", path)
-    labels = _rows_of(category_ids, np.array(categories.ids), ids, "category_id", path)
-    sizes = images.sizes.numpy()[rows]
-    keep = _keep_sound(boxes, sizes, crowd, ids, path)
-    outlines = [bytes(entry.segmentation) for entry in entries] if with_masks else []
-    if with_masks:
-        _check_outlines(outlines, sizes, keep, ids, path)
-    areas = _fill_areas(areas, entries, boxes, sizes, ids, path)
-    order = np.flatnonzero(keep)
+    rows = _rows_of(_column(entries, "image_id"), images.ids.numpy(), ids, "image_id", path)
+    labels = _rows_of(categories_used, np.array(categories.ids), ids, "category_id", path)
+    crowd = np.array([bool(entry.iscrowd) for entry in entries])
+    order = np.flatnonzero(_keep_sound(boxes, images.sizes.numpy()[rows], crowd, ids, path))
     order = order[np.argsort(rows[order], kind="stable")]
-    columns = [torch.from_numpy(column[order]) for column in (ids, labels, boxes, areas, crowd)]
-    offsets = starts(torch.from_numpy(np.bincount(rows[order], minlength=len(images.ids))))
-    packed = PackedBytes.pack([outlines[i] for i in order.tolist()]) if with_masks else None
-    return ObjectColumns(*columns, offsets, packed)
-
-# %% ../nbs/06_annotations.ipynb #357ed60c
-def read_index(path: Path | str, with_masks: bool = False) -> CocoIndex:
-    "Read and check a COCO annotation file in one pass; raises DataError, warns with DataWarning."
-    path = Path(path)
-    content = read_annotations(path)
-    entries = _section(content, "annotations", path)
-    categories = read_categories(content, set(_integers(entries, "category_id", "annotations", path).tolist()), path)
-    images = read_image_columns(content, path)
-    return CocoIndex(images, _read_objects(entries, with_masks, images, categories, path), categories)
+    return Listed(images, categories, [entries[i] for i in order.tolist()], rows[order], labels[order], boxes[order])
 
 # %% ../nbs/06_annotations.ipynb #5352cf8c
 def sum_of(
@@ -488,71 +396,3 @@ def sum_of(
             if progress:
                 progress(len(part))
     return total.hexdigest()
-
-# %% ../nbs/06_annotations.ipynb #77ff6316
-def runs_of(counts: str) -> list[int]:
-    "The run lengths in pycocotools' compressed text: five bits a character, later runs as differences."
-    runs, value, shift = [], 0, 0
-    for character in counts.encode():
-        bits = character - 48
-        value |= (bits & 0x1F) << shift
-        shift += 5
-        if not bits & 0x20:  # the last character of this run
-            value -= (bits & 0x10) << (shift - 4)  # its top bit is the sign
-            runs.append(value + runs[-2] if len(runs) > 2 else value)
-            value = shift = 0
-    return runs
-
-
-def _check_runs(code: dict, height: int, width: int) -> None:
-    "Raise ValueError unless a run-length code fills height x width pixels: pycocotools would read beyond its memory."
-    counts = code.get("counts")
-    runs = runs_of(counts) if isinstance(counts, str) else counts
-    whole = isinstance(runs, list) and {*map(type, runs)} == {int} and min(runs) >= 0 and sum(runs) == height * width
-    if not whole or code.get("size") != [height, width]:
-        raise ValueError(f"its run-length code does not fill the {width}x{height} pixels of the image")
-
-# %% ../nbs/06_annotations.ipynb #5cd3bed4
-def _sound_polygons(polygons: Any) -> list[list[float]]:
-    "Those polygons that have three or more points, all of them finite; raises ValueError when there are none."
-    def sound(polygon):
-        numbers = isinstance(polygon, list) and {*map(type, polygon)} <= {int, float}
-        return numbers and len(polygon) >= 6 and len(polygon) % 2 == 0 and all(abs(number) < HUGE for number in polygon)
-
-    chosen = [polygon for polygon in polygons if sound(polygon)] if isinstance(polygons, list) else []
-    if not chosen:
-        raise ValueError("it holds no polygon of three or more points and no run-length code")
-    return chosen
-
-
-def to_run_length(segmentation: Any, height: int, width: int) -> dict:
-    "Polygons or a run-length code as pycocotools' compressed run-length code; raises ValueError when it is neither."
-    if isinstance(segmentation, dict):
-        _check_runs(segmentation, height, width)
-        if isinstance(segmentation["counts"], list):
-            return run_length.frPyObjects(segmentation, height, width)
-        return {"size": [height, width], "counts": segmentation["counts"].encode()}
-    return run_length.merge(run_length.frPyObjects(_sound_polygons(segmentation), height, width))
-
-
-def _has_outline(segmentation: Any, height: int, width: int) -> bool:
-    "True when the outline can be drawn; looks at its form only, which is quicker than to draw it."
-    try:
-        _check_runs(segmentation, height, width) if isinstance(segmentation, dict) else _sound_polygons(segmentation)
-    except ValueError:
-        return False
-    return True
-
-# %% ../nbs/06_annotations.ipynb #9faa9982
-def _check_outlines(
-    outlines: list[bytes], sizes: np.ndarray, keep: np.ndarray, ids: np.ndarray, path: Path
-) -> None:
-    "Take annotations without a usable outline out of `keep`, with a warning; raises DataError when none has one."
-    usable = np.array([_has_outline(json.loads(outline), h, w) for outline, (h, w) in zip(outlines, sizes.tolist())])
-    lost = keep & ~usable
-    if lost.any():
-        warnings.warn(f"{path}: skipped {lost.sum()} of {len(ids)} annotations without a usable outline "
-                      f"(annotation ids {named(ids[lost])})", DataWarning, stacklevel=2)
-    keep &= usable
-    if not keep.any():
-        raise DataError(f"{path}: no annotation has a usable 'segmentation'; masks cannot be learned from this file")

@@ -25,15 +25,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 # %% ../nbs/31_check.ipynb #bc2f6836
-from detr_nb.annotations import (
-    DataError,
-    DataWarning,
-    ImageColumns,
-    named,
-    read_annotations,
-    read_image_columns,
-    read_index,
-)
+from .annotations import DataError, DataWarning, ImageColumns, named, read_images
+from .coco import read_index
 from .coco import CocoDataset, IndexView, find_split, read_image
 from .distributed import user_errors
 
@@ -154,7 +147,7 @@ def _read_leniently(annotations: Path) -> tuple[IndexView | None, list[Finding]]
 def _images_only(annotations: Path) -> ImageColumns | None:
     "The images that an annotation file lists, whatever is wrong with the rest of it; None when they are wrong too."
     try:
-        return read_image_columns(read_annotations(annotations), annotations)
+        return read_images(annotations)
     except DataError:
         return None
 

@@ -17,7 +17,8 @@ from PIL import Image
 from pycocotools import mask as run_length
 from pycocotools.coco import COCO
 
-from detr_nb.annotations import DataError, DataWarning, PackedBytes, read_index, runs_of
+from detr_nb.annotations import DataError, DataWarning, PackedBytes
+from detr_nb.coco import read_index, runs_of
 from detr_nb.coco import CocoDataset, find_split, open_coco, read_image
 from detr_nb.seeding import sample_rng
 
@@ -469,9 +470,9 @@ BIG = 2**70
         ("annotations", "id", None, ["entry 2 of 'annotations'", "None"]),
         ("annotations", "id", 6.5, ["entry 2 of 'annotations'", "6.5"]),
         ("annotations", "id", BIG, ["entry 2 of 'annotations'", str(BIG)]),
-        ("annotations", "image_id", "7", ["(id 6)", "image_id '7'"]),
-        ("annotations", "category_id", True, ["(id 6)", "category_id True"]),
-        ("annotations", "bbox", [1, 2, 3], ["annotation 6", "[1, 2, 3]", "[x, y, width, height]"]),
+        ("annotations", "image_id", "7", ["annotation 6 ", "image_id '7'"]),
+        ("annotations", "category_id", True, ["annotation 6 ", "category_id True"]),
+        ("annotations", "bbox", [1, 2, 3], ["annotation 6", "[1.0, 2.0, 3.0]", "[x, y, width, height]"]),
         ("annotations", "bbox", ["1", 2, 3, 4], ["annotation 6", "'1'"]),
         ("annotations", "bbox", {"x": 1}, ["annotation 6", "'x'"]),
         ("annotations", "bbox", [[1, 2], [3, 4], 1, 1], ["annotation 6", "[[1, 2]"]),
@@ -483,7 +484,7 @@ BIG = 2**70
         ("images", "id", "900", ["entry 2 of 'images'", "'900'"]),
         ("images", "width", 0, ["image 900", "width 0"]),
         ("images", "height", -3, ["image 900", "height -3"]),
-        ("images", "height", None, ["(id 900)", "height None"]),
+        ("images", "height", None, ["image 900 ", "height None"]),
         ("images", "file_name", "", ["image 900", "file_name ''"]),
         ("images", "file_name", None, ["image 900", "file_name None"]),
         ("images", "file_name", 900, ["image 900", "file_name 900"]),
@@ -495,6 +496,12 @@ def test_a_wrong_field_is_named(tmp_path, name, key, value, words):
     content = good()
     content[name][2][key] = value
     refuses(tmp_path, content, "instances_train2017.json", *words)
+
+
+def test_a_wrong_field_is_named_also_beside_a_number_that_is_none(tmp_path):
+    content = good()
+    content["annotations"][0]["area"], content["annotations"][2]["image_id"] = math.nan, 6.5
+    refuses(tmp_path, content, "annotation 6 ", "image_id 6.5")
 
 
 def test_categories_with_one_id_are_refused(tmp_path):

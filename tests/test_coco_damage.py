@@ -14,7 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from detr_nb.annotations import CocoIndex, DataError, DataWarning, read_index
+from detr_nb.annotations import CocoIndex, DataError, DataWarning
+from detr_nb.coco import read_index
 
 
 @st.composite
@@ -132,7 +133,7 @@ def detections(text: bytes, i: int):
 
 @damage("two files one behind the other", "stops")
 def twice(text: bytes, i: int):
-    return text + b"\n" + text, ["cut short or not JSON", "trailing characters"]
+    return text + b"\n" + text, ["cut short or not JSON", "Extra data"]
 
 
 @damage("a list written twice", "stops")
@@ -215,7 +216,7 @@ wrong_value("an image of negative width", "images", "width", -5, "width -5")
 wrong_value("a size with a fraction", "images", "width", 640.5, "width 640.5")
 wrong_value("an image without a file", "images", "file_name", KeyError, "file_name None")
 wrong_value("an image with an empty file name", "images", "file_name", "", "file_name ''")
-wrong_value("a box of three numbers", "annotations", "bbox", [1, 2, 3], "[1, 2, 3]")
+wrong_value("a box of three numbers", "annotations", "bbox", [1, 2, 3], "[1.0, 2.0, 3.0]")
 wrong_value("a box of text", "annotations", "bbox", ["1", "2", "3", "4"], "['1', '2', '3', '4']")
 wrong_value("a box of corners in lists", "annotations", "bbox", [[1, 2], [3, 4]], "[[1, 2], [3, 4]]")
 wrong_value("a box with a number beyond all", "annotations", "bbox", [1, 2, 10**400, 4], "bbox")
