@@ -34,7 +34,8 @@ from .distributed import UserError, get_logger
 from .evaluation import postprocess
 from .panoptic import panoptic_segments
 from .panoptic_data import Segments
-from .plots import class_color, denormalize, text_color
+from .batching import denormalize
+from .plots import class_color, text_color
 from .segmentation import postprocess_masks
 
 logger = get_logger(__name__)

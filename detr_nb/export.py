@@ -23,7 +23,7 @@ from torch.export import Dim, ExportedProgram
 from .pretrained import LoadedDetector
 from .detr import DETR, Predictions
 from .distributed import UserError, get_logger, user_errors
-from .plots import IMAGENET_MEAN, IMAGENET_STD
+from .batching import IMAGENET_MEAN, IMAGENET_STD
 from .predict import open_detector
 
 logger = get_logger(__name__)
