@@ -2,7 +2,8 @@
 from detr_nb import convert, detr, distributed, segmentation  # modules, since torch.hub offers whatever can be called
 
 dependencies = [
-    "torch", "torchvision", "numpy", "scipy", "PIL", "jaxtyping", "matplotlib", "pycocotools", "psutil", "tyro", "msgspec",
+    "torch", "torchvision", "numpy", "scipy", "PIL", "jaxtyping", "matplotlib", "pycocotools", "psutil",
+    "tyro", "msgspec",
 ]
 
 

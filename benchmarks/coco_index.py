@@ -125,8 +125,8 @@ def first_step(root: Path, began: float) -> dict:
 
     from detr_nb.batching import make_loader
     from detr_nb.coco import open_coco
-    from detr_nb.detr import build_detr
     from detr_nb.config import Config
+    from detr_nb.detr import build_detr
     from detr_nb.transforms import paper_transform
 
     passed("imports")

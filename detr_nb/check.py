@@ -19,15 +19,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
-from PIL import Image
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 # %% ../nbs/31_check.ipynb #bc2f6836
 from .annotations import DataError, DataWarning, ImageColumns, named, read_images
-from .coco import read_index
-from .coco import CocoDataset, IndexView, find_split, read_image
+from .coco import CocoDataset, IndexView, find_split, read_image, read_index
 from .distributed import user_errors
 
 # %% ../nbs/31_check.ipynb #6792741a

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from jaxtyping import Bool, Float, Int64, UInt8
+from PIL import Image
 from pycocotools import mask as run_length
 from pycocotools.coco import COCO
 from torch import Tensor

@@ -292,7 +292,8 @@ def _git(*arguments: str) -> str | None:
     environ = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # a hook's repository
     command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
     try:
-        return subprocess.run(command, capture_output=True, text=True, env=environ, timeout=30, check=True).stdout.strip()
+        answer = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=30, check=True)
+        return answer.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -7,10 +7,10 @@ __all__ = ['Detector', 'load', 'evaluate']
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from .export import check_onnx, export_onnx
-from .drawing import PictureError, Result, Source
-from .predict import open_detector, predict
 from .checkpoints import CheckpointError
+from .drawing import PictureError, Result, Source
+from .export import check_onnx, export_onnx
+from .predict import open_detector, predict
 from .pretrained import LoadedDetector
 from .segmentation import SegmentationDETR
 

@@ -27,14 +27,13 @@ from torch.nn.functional import pad
 from torchvision.transforms.v2.functional import resize, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
-from .batching import Batch
+from .batching import Batch, denormalize
 from .boxes import cxcywh_to_xyxy, xyxy_to_xywh
 from .detr import Predictions
 from .distributed import UserError, get_logger
 from .evaluation import postprocess
 from .panoptic import panoptic_segments
 from .panoptic_data import Segments
-from .batching import denormalize
 from .plots import class_color, text_color
 from .segmentation import postprocess_masks
 

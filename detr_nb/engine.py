@@ -75,7 +75,8 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
         place = "masks" if head else "backbone" if "backbone" in name else "rest"
         if place == "backbone" and config.optimizer.lr_backbone <= 0:
             parameter.requires_grad_(False)
-        if config.optimizer.optimizer == "muon" and parameter.ndim > 1 and not ("embed" in name or head):  # queries are "embed"
+        by_muon = config.optimizer.optimizer == "muon" and parameter.ndim > 1
+        if by_muon and not ("embed" in name or head):  # queries are "embed"
             place = "projections" if "in_proj" in name else "matrices"  # queries', keys' and values' matrices in one
         if parameter.requires_grad:
             groups[place]["params"].append(parameter)

@@ -20,11 +20,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from .pretrained import LoadedDetector
+from .batching import IMAGENET_MEAN, IMAGENET_STD
 from .detr import DETR, Predictions
 from .distributed import UserError, get_logger, user_errors
-from .batching import IMAGENET_MEAN, IMAGENET_STD
 from .predict import open_detector
+from .pretrained import LoadedDetector
 
 logger = get_logger(__name__)
 

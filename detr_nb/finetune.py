@@ -18,9 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .checkpoints import RELEASED, CheckpointError, load_checkpoint
-from .pretrained import load_detector
 from .coco import CocoDataset, open_coco
 from .distributed import user_errors
+from .pretrained import load_detector
 
 # %% ../nbs/32_finetune.ipynb #b465f782
 class Vitals(NamedTuple):

@@ -16,9 +16,9 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 
+from detr_nb.annotations import Categories
 from detr_nb.batching import CachedDataset, Targets
 from detr_nb.boxes import xyxy_to_xywh
-from detr_nb.annotations import Categories
 from detr_nb.detr import Predictions, at_least_float32
 from detr_nb.distributed import UserError, barrier, gather_objects, get_logger, is_main
 from detr_nb.panoptic_data import PanopticDataset, Segments

@@ -20,7 +20,6 @@ from jaxtyping import Bool, Float, Int
 from pycocotools.coco import COCO
 from torch import Tensor
 
-from detr_nb.boxes import xyxy_to_xywh
 from detr_nb.annotations import (
     Categories,
     CocoIndex,
@@ -32,6 +31,7 @@ from detr_nb.annotations import (
     named,
     starts,
 )
+from detr_nb.boxes import xyxy_to_xywh
 from detr_nb.coco import (
     SPLIT_NAMES,
     CocoDataset,
@@ -110,7 +110,8 @@ def _read_file(path: Path) -> _File:
         raise DataError(f"cannot read annotations {path}: {error.strerror or error}") from error
     except msgspec.DecodeError as error:
         raise DataError(
-            f"{path} is not in COCO's panoptic format: {error}. Each category has isthing, 1 for things that are counted or "
+            f"{path} is not in COCO's panoptic format: {error}. Each category has isthing, 1 for things that are counted "
+            "or "
             "0 for stuff; each annotation has an image's PNG and segments_info. Is this a file of instances?"
         ) from error
     images, categories = [image.id for image in file.images], [category.id for category in file.categories]
@@ -124,7 +125,8 @@ def _read_file(path: Path) -> _File:
     used = {segment.category_id for entry in file.annotations for segment in entry.segments_info}
     for key, ids in (("image_id", {entry.image_id for entry in file.annotations} - set(images)),
                      ("category_id", used - set(categories))):
-        _require(not ids, path, f"annotations have the {key} {named(ids)}, which the file does not list. Either entries "
+        _require(not ids, path, f"annotations have the {key} {named(ids)}, which the file does not list. Either "
+                 "entries "
                  "were lost or the file mixes two sets: export it again")
     return file
 
@@ -249,7 +251,8 @@ class PanopticDataset(CocoDataset):
         seed: int = 0,  # of the transform's random numbers
     ):
         "Read and check the JSON file, and that images and PNGs are there; raises DataError."
-        self.folder, self.annotations, self.png_folder = (Path(x).expanduser() for x in (images, annotations, png_folder))
+        places = (images, annotations, png_folder)
+        self.folder, self.annotations, self.png_folder = (Path(place).expanduser() for place in places)
         self.transform, self.seed, self.with_masks = transform, seed, True
         self.panoptic = read_panoptic_index(self.annotations)
         self.index, self.is_thing = self.panoptic.coco, self.panoptic.is_thing
@@ -289,7 +292,8 @@ def _rows_with_png(dataset: PanopticDataset) -> Int[Tensor, "rows"]:
              f"{folder}: {named(missing)}. Is this the right folder, and is it complete?")
     without = dataset.index.images.ids[~there]
     if len(without):
-        warnings.warn(f"{annotations}: left out {len(without)} of {len(names)} images without an entry in 'annotations' "
+        warnings.warn(f"{annotations}: left out {len(without)} of {len(names)} images without an entry in "
+                      "'annotations' "
                       f"(image ids {named(without.tolist())})", DataWarning, stacklevel=3)
     return there.nonzero()[:, 0]
 
@@ -343,7 +347,8 @@ def open_panoptic(
              if path.stem.removeprefix("panoptic_").rstrip("0123456789") in SPLIT_NAMES.get(split, (split,))]
     files = [path for path in files if path.stem == f"panoptic_{split}2017"] or files
     there = [path.relative_to(root).as_posix() for path in files or sorted(root.glob("**/*.json"))]
-    _require(len(files) == 1, root, f"{'several panoptic files' if files else 'no panoptic file'} for the split {split!r}: "
+    found = "several panoptic files" if files else "no panoptic file"
+    _require(len(files) == 1, root, f"{found} for the split {split!r}: "
              f"looked for annotations/panoptic_{split}2017.json and annotations/panoptic_{split}*.json; there: "
              f"{named(there) or 'none'}")
     name = files[0].stem.removeprefix("panoptic_")

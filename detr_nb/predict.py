@@ -29,17 +29,17 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from .annotations import Categories
 from .batching import pad_images
 from .boxes import clip_boxes
 from .checkpoints import CheckpointError, newest_checkpoint
-from .pretrained import LoadedDetector, Preprocessing, load_detector
-from .annotations import Categories
 from .coco import Sample
 from .distributed import UserError, choose_device, get_logger, user_errors
 from .drawing import PictureError, Result, Source, download, find_font, is_url, read_picture
 from .evaluation import evaluation_mode, postprocess
 from .panoptic import panoptic_segments, segment_entries
 from .panoptic_data import Segments
+from .pretrained import LoadedDetector, Preprocessing, load_detector
 from .segmentation import SegmentationDETR, encode_masks, likely_objects, postprocess_masks
 from .shapes_set import ids_to_rgb
 from .transforms import Compose, Limit, Resize, Transform

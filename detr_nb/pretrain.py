@@ -14,7 +14,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .batching import Batch, Targets
-from .config import Config
 from .distributed import get_logger, reduce_mean
 from .engine import Averages, build_optimizer, rate_factor, set_rates
 from .matcher import image_of_target

@@ -29,14 +29,29 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .batching import Batch
-from .checkpoints import CHECKPOINT, PREVIOUS, CheckpointError, load_checkpoint, newest_checkpoint
-from .checkpoints import save_checkpoint, settings_changed
+from detr_nb.checkpoints import (
+    CHECKPOINT,
+    PREVIOUS,
+    CheckpointError,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+    settings_changed,
+)
 from .config import PRESETS, Config, code_version
 from .convert import architecture, known_architecture
 from .criterion import SetCriterion
 from .detr import DETR
-from .distributed import Process, UserError, barrier, gather_objects, get_logger, is_main, reduce_mean
-from .distributed import reduce_sum
+from detr_nb.distributed import (
+    Process,
+    UserError,
+    barrier,
+    gather_objects,
+    get_logger,
+    is_main,
+    reduce_mean,
+    reduce_sum,
+)
 from .engine import Averages, preprocessing
 from .seeding import capture_generators, restore_generators
 from .segmentation import SegmentationDETR
@@ -187,8 +202,8 @@ def steps_of_epoch(run: Run) -> Iterator[list[Batch]]:
         run.averages = Averages()
     images, waiting_since = run.images_per_batch * run.accumulate, time.perf_counter()
     hidden = not run.process.is_main or os.environ.get("TQDM_DISABLE") == "1"
-    bar = tqdm(total=run.steps_per_epoch, initial=run.batch // run.accumulate, desc=f"{run.checkpoint}: epoch {run.epoch}",
-               unit="step", leave=False, disable=hidden)
+    name, done = f"{run.checkpoint}: epoch {run.epoch}", run.batch // run.accumulate
+    bar = tqdm(total=run.steps_per_epoch, initial=done, desc=name, unit="step", leave=False, disable=hidden)
     batches = iter(run.train_loader)
     for number, step in enumerate(iter(lambda: list(islice(batches, run.accumulate)), [])):
         if config.fast_dev_run and number == 2:
@@ -327,7 +342,8 @@ def _go_on(run: Run, state: dict, path: Path) -> None:
                        "on", run.process.world_size, len(saved))
     sums = {name: sum(s["sums"][name] for s in saved) / len(saved) for name in saved[0]["sums"]}
     run.averages = Averages({name: x.to(run.process.device) for name, x in sums.items()}, saved[0]["steps"])
-    if (state["images_per_batch"], state["config"]["accumulate"]) != (run.images_per_batch, run.config.optimizer.accumulate):
+    before = state["images_per_batch"], state["config"]["accumulate"]
+    if before != (run.images_per_batch, run.config.optimizer.accumulate):
         run.batch = run.batch * state["images_per_batch"] // run.images_per_batch  # where as many images are done
         run.step = run.epoch * run.steps_per_epoch + run.batch // run.accumulate
         logger.warning("batches of %d images were saved, they have %d now: going on at batch %d of epoch %d as step %d",

@@ -174,7 +174,8 @@ class MaskCriterion(SetCriterion):
         self, predictions: Predictions, targets: Targets, matches: Matches, divisors: Float[Tensor, "2"]
     ) -> dict[str, Tensor]:
         "What `SetCriterion` gives, and `loss_mask` and `loss_dice`."
-        losses, last = super().losses(predictions, targets, matches, divisors), matches.of_layer(len(predictions.boxes) - 1)
+        losses = super().losses(predictions, targets, matches, divisors)
+        last = matches.of_layer(len(predictions.boxes) - 1)
         focal, dice = mask_losses(predictions.masks, targets, last) / divisors[0]
         return losses | {"loss_mask": focal, "loss_dice": dice}
 

@@ -20,8 +20,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from jaxtyping import Bool, Int, UInt8
+from PIL import Image
 from tqdm import tqdm
 
 # %% ../nbs/05_shapes_set.ipynb #e7a80dfd

@@ -32,20 +32,50 @@ from .batching import Batch, CachedDataset, collate, make_loader
 from .check import quick_check
 from .coco import CocoDataset, open_coco
 from .detr import DETR
-from .distributed import Process, UserError, barrier, gather_objects, get_logger, set_threads, stage, start
-from .distributed import stop, user_errors
+from detr_nb.distributed import (
+    Process,
+    UserError,
+    barrier,
+    gather_objects,
+    get_logger,
+    set_threads,
+    stage,
+    start,
+    stop,
+    user_errors,
+)
 from .drawing import draw_predictions
-from .engine import NotFinite, first_non_finite
-from .engine import build_criterion, build_model, build_optimizer, choose_transform, rate_factor, set_rates
-from .engine import train_step
+from detr_nb.engine import (
+    NotFinite,
+    build_criterion,
+    build_model,
+    build_optimizer,
+    choose_transform,
+    first_non_finite,
+    rate_factor,
+    set_rates,
+    train_step,
+)
 from .evaluation import CocoEvaluator, evaluate, evaluation_mode
 from .panoptic import PanopticEvaluator, PanopticWriter
 from .panoptic_data import open_panoptic
 from .plots import plot_log
 from .pretrain import pretrain_backbone
 from .pretrained import transfer_weights
-from .runs import BACKBONE, Run, ask_checkpoint, end_if_asked, listening, log_epoch, log_step, open_run
-from .runs import resume, save_or_warn, steps_of_epoch, until_asked
+from detr_nb.runs import (
+    BACKBONE,
+    Run,
+    ask_checkpoint,
+    end_if_asked,
+    listening,
+    log_epoch,
+    log_step,
+    open_run,
+    resume,
+    save_or_warn,
+    steps_of_epoch,
+    until_asked,
+)
 from .seeding import seed_everything
 from .segmentation import MaskEvaluator, SegmentationDETR
 from .shapes_set import write_shapes
@@ -63,7 +93,7 @@ def open_data(config: Config, process: Process) -> tuple[CocoDataset, CocoDatase
             train, val = _open_split(config, "train"), _open_split(config, "val")
         barrier()
     if train.categories != val.categories:
-        raise UserError(f"{train.annotations} and {val.annotations} list different categories; make the two lists equal")
+        raise UserError(f"{train.annotations} and {val.annotations} list different categories; make the lists equal")
     train, val = _first_images(train, data.limit_train), _first_images(val, data.limit_val)
     if data.overfit:
         train = _first_images(train, data.overfit)

@@ -18,8 +18,7 @@ from pycocotools import mask as run_length
 from pycocotools.coco import COCO
 
 from detr_nb.annotations import DataError, DataWarning, PackedBytes
-from detr_nb.coco import read_index, runs_of
-from detr_nb.coco import CocoDataset, find_split, open_coco, read_image
+from detr_nb.coco import CocoDataset, find_split, open_coco, read_image, read_index, runs_of
 from detr_nb.seeding import sample_rng
 
 pytestmark = [

@@ -134,7 +134,8 @@ def test_files_by_name_train_like_the_folder(run, export, tmp_path):
 ])  # fmt: skip
 def test_flags_that_contradict_each_other_are_refused(run, flags, words):
     with pytest.raises(ValueError) as error:
-        train.check_settings(read_command_line(flags.replace("RUN", str(run / "checkpoint.pth")).split(), ask_checkpoint)[0])
+        argv = flags.replace("RUN", str(run / "checkpoint.pth")).split()
+        train.check_settings(read_command_line(argv, ask_checkpoint)[0])
     assert all(word in str(error.value) for word in words), error.value
 
 

@@ -1,4 +1,4 @@
-"A DETR that has learned two drawn scenes by heart, for pages that need one that finds something and have no run at hand."
+"A DETR that has learned two drawn scenes by heart, for pages that need one and have no run at hand."
 import tempfile
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A Sphinx extension that makes the pages of the book open anywhere: without a network, on a phone, with a screen reader.
+"""A Sphinx extension that makes the pages open anywhere: without a network, on a phone, with a screen reader.
 
 Formulas become MathML, which browsers draw by themselves. What the theme gets wrong is mended in the finished page.
 """
@@ -12,7 +12,7 @@ OTHERS_SCRIPTS = re.compile(r"thebe|mathjax", re.IGNORECASE)  # they ask other s
 MENDS = (
     (r'(<button class="[^"]*search-button-field[^>]*?) aria-label="Search"', r"\1"),  # it is labelled by what it shows
     (r'role="doc-biblioentry"', 'role="listitem"'),  # a list may hold nothing else
-    (r'<div (class="sidebar-primary-item">\s*<a class="navbar-brand)', r'<div role="banner" \1'),  # all belongs to a region
+    (r'<div (class="sidebar-primary-item">\s*<a class="navbar-brand)', r'<div role="banner" \1'),
     (r"console\.log\(", "void("),  # a reader's console is not ours
     (r"<table(?! tabindex)", '<table tabindex="0"'),  # who has no mouse scrolls by the keyboard
     (r"<th[^>]*>\s*(?:<p>\s*</p>)?\s*</th>", "<td></td>"),  # a header that says nothing
