@@ -110,8 +110,8 @@ def _read_file(path: Path) -> _File:
         raise DataError(f"cannot read annotations {path}: {error.strerror or error}") from error
     except msgspec.DecodeError as error:
         raise DataError(
-            f"{path} is not in COCO's panoptic format: {error}. Each category has isthing, 1 for things that are counted "
-            "or "
+            f"{path} is not in COCO's panoptic format: {error}. Each category has isthing, 1 for things that are "
+            "counted or "
             "0 for stuff; each annotation has an image's PNG and segments_info. Is this a file of instances?"
         ) from error
     images, categories = [image.id for image in file.images], [category.id for category in file.categories]
