@@ -149,7 +149,7 @@ def check_settings(config: Config) -> None:
         raise UserError("--finetune and --frozen_weights both say what to start from: leave one out. The first goes "
                         "on training everything, the second trains the mask head alone")
     if run.frozen_weights and not config.model.masks:
-        raise UserError("--frozen_weights trains the mask head alone: add --masks, or use --finetune")
+        raise UserError("--frozen_weights needs --masks, since the mask head alone learns; or use --finetune")
     if run.eval and Path(run.resume).name == BACKBONE:
         raise UserError(f"--eval --resume {run.resume}: there is no detector yet, only a backbone")
     if run.report_to != "none" and find_spec(run.report_to) is None:
