@@ -298,7 +298,10 @@ def train(config: Config) -> Path:
             if tested or not config.data.overfit:  # an epoch of a few images is over in a moment
                 save_or_warn(run)
             end_if_asked(run)
-    _draw_run(run)
+    try:
+        _draw_run(run)
+    except OSError as error:  # a full disk takes no trained model away
+        logger.error("the pictures of the run could not be written: %s", error)
     run.accelerator.end_training()
     run.lock.release(force=True)
     return run.folder
