@@ -125,7 +125,7 @@ def first_step(root: Path, began: float) -> dict:
 
     from detr_nb.batching import make_loader
     from detr_nb.coco import open_coco
-    from detr_nb.config import Config
+    from detr_nb.config import OptimizerConfig, RunConfig
     from detr_nb.detr import build_detr
     from detr_nb.transforms import paper_transform
 
@@ -134,7 +134,7 @@ def first_step(root: Path, began: float) -> dict:
     passed("data set")
     build_detr(dataset.categories.num_classes)
     passed("model")
-    batch = next(iter(make_loader(dataset, Config.batch_size, num_workers=Config.num_workers)))
+    batch = next(iter(make_loader(dataset, OptimizerConfig.batch_size, num_workers=RunConfig.num_workers)))
     passed("first batch")
     return {"seconds": time.time() - began, "cpu": cpu_seconds(), "stages": stages, "held_mb": private_mb(),
             "peak_mb": peak_mb(), "images": len(batch.images)}  # fmt: skip
