@@ -254,7 +254,7 @@ def _write_report(splits: Sequence[_Checked]) -> str:
 # %% ../nbs/31_check.ipynb #a633f9a1
 def draw_report(splits: Sequence[_Checked]) -> Figure:
     "The three distributions as a picture, the share of each split side by side."
-    fig, axes = plt.subplots(1, 3, figsize=(13, 4), width_ratios=(2, 2, 3))
+    fig, axes = plt.subplots(1, 3, figsize=(13, 4), width_ratios=(2, 2, 3), layout="constrained")
     for ax, (title, columns) in zip(axes, _columns_of(splits).items()):
         names = list(dict.fromkeys(name for counts in columns.values() for name in counts))
         for shift, (split, counts) in zip((-0.2, 0.2), columns.items()):

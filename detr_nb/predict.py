@@ -7,7 +7,6 @@ __all__ = ['logger', 'SUFFIXES', 'sizing', 'find_pictures', 'open_detector', 'pr
 # %% ../nbs/24_predict.ipynb #572f24b4
 import json
 import logging
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
