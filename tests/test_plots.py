@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
-from detr_nb.plots import compare_command, compare_runs, curve, read_log, runs_table
+from detr_nb.plots import compare_runs, curve, main, read_log, runs_table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -100,4 +100,4 @@ def test_bad_input_ends_in_one_message(arguments, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_log(tmp_path / "broken", ["{}", "{", "{}"])
     with pytest.raises(SystemExit, match=words):
-        compare_command(arguments)
+        main(arguments)
