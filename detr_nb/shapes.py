@@ -2,18 +2,14 @@
 
 # %% auto #0
 __all__ = ['CATEGORIES', 'STUFF', 'Points', 'SHAPES', 'Color', 'Window', 'MIN_VISIBLE', 'SIZES', 'NUM_OBJECTS', 'CROWD_CHANCE',
-           'SPLITS', 'logger', 'Scene', 'Pose', 'to_shape_frame', 'disc', 'ring', 'rectangle', 'triangle', 'cross',
-           'star', 'line_distance', 'signed_distance', 'smooth_noise', 'texture', 'random_color', 'nearby_color',
-           'blend', 'draw_regions', 'draw_ground', 'window', 'contrasting_color', 'fill_pattern', 'paint',
+           'SPLITS', 'Scene', 'Pose', 'to_shape_frame', 'disc', 'ring', 'rectangle', 'triangle', 'cross', 'star',
+           'line_distance', 'signed_distance', 'smooth_noise', 'texture', 'random_color', 'nearby_color', 'blend',
+           'draw_regions', 'draw_ground', 'window', 'contrasting_color', 'fill_pattern', 'paint',
            'keeps_others_visible', 'random_pose', 'Canvas', 'place_crowd', 'scene_rng', 'draw_scene', 'finish',
-           'boxes_around', 'map_in_processes']
+           'boxes_around']
 
 # %% ../nbs/04_shapes.ipynb #691f9304
-import logging
-import multiprocessing
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -376,23 +372,3 @@ def boxes_around(masks: Bool[np.ndarray, "N H W"]) -> Int[np.ndarray, "N 4"]:
     right = columns.shape[1] - columns[:, ::-1].argmax(1)
     bottom = rows.shape[1] - rows[:, ::-1].argmax(1)
     return np.stack([left, top, right, bottom], axis=1)
-
-# %% ../nbs/04_shapes.ipynb #f27c2972
-logger = logging.getLogger(__name__)
-
-
-def map_in_processes(function: Callable, items: list, num_workers: int) -> Iterator:
-    "Results of `function` in the order of `items`, from that many processes; with fewer than two, from this one."
-    done = 0
-    if num_workers > 1 and not multiprocessing.current_process().daemon:
-        spawn = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(num_workers, spawn, initializer=torch.set_num_threads, initargs=(1,))
-        try:
-            for result in pool.map(function, items, chunksize=max(1, min(32, len(items) // num_workers))):
-                yield result
-                done += 1
-        except BrokenProcessPool:
-            logger.warning("a drawing process did not start or died; this process draws the rest of the data set")
-        finally:
-            pool.shutdown(cancel_futures=True)
-    yield from map(function, items[done:])
