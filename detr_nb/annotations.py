@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HUGE', 'DataError', 'DataWarning', 'named', 'Categories', 'starts', 'PackedBytes', 'ImageColumns', 'ObjectColumns',
-           'CocoIndex', 'read_images', 'clip_to_image', 'Listed', 'read_listed', 'sum_of']
+           'CocoIndex', 'read_images', 'clip_to_image', 'read_listed', 'sum_of']
 
 # %% ../nbs/06_annotations.ipynb #ae6220e2
 import hashlib
@@ -359,7 +359,7 @@ def _check_annotation_ids(ids: np.ndarray, path: Path) -> None:
                       "1; messages go on naming the ids of the file", DataWarning, stacklevel=2)
 
 # %% ../nbs/06_annotations.ipynb #a06listd
-class Listed(NamedTuple):
+class _Listed(NamedTuple):
     "What a file lists, checked: the annotations with a usable box, those of one image together."
     images: ImageColumns
     categories: Categories
@@ -369,7 +369,7 @@ class Listed(NamedTuple):
     boxes: np.ndarray  # (objects, 4) xywh in pixels, float64
 
 
-def read_listed(path: Path) -> Listed:
+def read_listed(path: Path) -> _Listed:
     "Read and check a COCO annotation file; raises DataError, warns with DataWarning."
     file = _read_entries(path)
     entries, categories_used = file.annotations, _column(file.annotations, "category_id")
@@ -381,7 +381,7 @@ def read_listed(path: Path) -> Listed:
     crowd = np.array([bool(entry.iscrowd) for entry in entries])
     order = np.flatnonzero(_keep_sound(boxes, images.sizes.numpy()[rows], crowd, ids, path))
     order = order[np.argsort(rows[order], kind="stable")]
-    return Listed(images, categories, [entries[i] for i in order.tolist()], rows[order], labels[order], boxes[order])
+    return _Listed(images, categories, [entries[i] for i in order.tolist()], rows[order], labels[order], boxes[order])
 
 # %% ../nbs/06_annotations.ipynb #5352cf8c
 def sum_of(

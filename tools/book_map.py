@@ -144,7 +144,7 @@ def draw_arrow(ax: Axes, *corners: tuple[float, float], color: str = INK) -> Non
 
 
 def draw_flow(ax: Axes) -> None:
-    "What travels between the parts: the image, its tokens, the guesses, and the true objects, which only learning sees."
+    "What travels between the parts: the image, its tokens, the guesses, and the true objects."
     rows, middles = [y + HEIGHT / 2 for y in Y], [x + WIDTH / 2 for x in X]
     for row in range(3):
         for column in range(2 if row < 2 else 1):
