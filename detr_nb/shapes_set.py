@@ -8,6 +8,7 @@ __all__ = ['logger', 'RUNNING_INDEX', 'VERSION', 'ids_to_rgb', 'segments_of', 'd
 # %% ../nbs/05_shapes_set.ipynb #4762504e
 import json
 import multiprocessing
+import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -207,6 +208,7 @@ def _write_annotations(root: Path, split: str, drawn: list[_Drawn]) -> None:
 
 # %% ../nbs/05_shapes_set.ipynb #4c4c8e2d
 _FOLDERS = ("train2017", "val2017", "panoptic_train2017", "panoptic_val2017", "annotations")
+_DRAWN_BY_PARENT = "DETR_NB_DRAWN_BY_PARENT"  # environment variable: the set that the process draws which started this one
 
 
 def _write_job(root: Path, seed: int, job: tuple[str, int]) -> _Drawn:
@@ -220,11 +222,14 @@ def _write_scenes(root: Path, seed: int, jobs: list[tuple[str, int]], num_worker
     bar = partial(tqdm, total=len(jobs), desc="drawing shapes", unit="image", disable=not is_main())
     if num_workers > 1:
         spawn = multiprocessing.get_context("spawn")
+        os.environ[_DRAWN_BY_PARENT] = str(root)
         try:
             with ProcessPoolExecutor(num_workers, spawn, torch.set_num_threads, (1,)) as pool:
                 return list(bar(pool.map(write, jobs, chunksize=min(32, -(-len(jobs) // num_workers)))))
         except BrokenProcessPool:
             logger.warning("a drawing process did not start or died; this process draws the data set alone")
+        finally:
+            del os.environ[_DRAWN_BY_PARENT]
     return list(bar(map(write, jobs)))
 
 # %% ../nbs/05_shapes_set.ipynb #14a8ebe6
@@ -278,6 +283,8 @@ def write_shapes(
     _check_replaceable(root)
     root.parent.mkdir(parents=True, exist_ok=True)
     draft = root.with_name(f".{root.name}.draft")
+    if os.environ.get(_DRAWN_BY_PARENT) == str(draft):  # a spawned process runs its script once more
+        raise RuntimeError("a script that draws in several processes begins with `if __name__ == '__main__':`")
     with FileLock(root.with_name(f".{root.name}.lock")):
         if _is_complete(root, manifest):  # another process was faster
             return root
