@@ -46,7 +46,10 @@ def test_resizing_is_that_of_pillow(height: int, width: int, kind: str, ledger: 
 
     Where the scale is exactly 4/5 (500 to 400 pixels, before a crop in training) many values lie halfway between two
     grey levels, and the fast mode, which rounds its weights to 16 bits, is two levels off in a few of ten thousand.
+    Without AVX2 torch has no kernel for bytes: it resizes floats, whose mean lies a little further from Pillow's, which
+    rounds between rows and columns.
     """
+    has_byte_kernel = torch.backends.cpu.get_cpu_capability() != "DEFAULT"
     image = make_picture(height, width, kind)
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
     for short, longest in [(800, 1333), (480, 1333), (608, 1333), (400, None), (64, 100)]:
@@ -56,7 +59,9 @@ def test_resizing_is_that_of_pillow(height: int, width: int, kind: str, ledger: 
         fast, exact = (resize_image(image, size, exact).float() for exact in (False, True))
         ledger.compare("resized images, exact mode", exact, expected, PILLOW)
         mean = (fast - expected).abs().mean()
-        ledger.compare("resized images, mean grey levels", mean, torch.zeros_like(mean), PILLOW)
+        if has_byte_kernel:
+            ledger.compare("resized images, mean grey levels", mean, torch.zeros_like(mean), PILLOW)
+        assert mean < 0.25  # on every processor
         if 5 * size[0] == 4 * height:
             far = (fast - expected).abs()
             assert far.max() <= 2 and (far > 1).double().mean() < 1e-3
