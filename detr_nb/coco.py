@@ -29,18 +29,8 @@ from torchvision.io import ImageReadMode, decode_image
 
 # %% ../nbs/07_coco.ipynb #7be1c1cb
 from detr_nb.annotations import (
-    HUGE,
-    Categories,
-    CocoIndex,
-    DataError,
-    DataWarning,
-    ImageColumns,
-    ObjectColumns,
-    PackedBytes,
-    clip_to_image,
-    named,
-    read_listed,
-    starts,
+    HUGE, Categories, CocoIndex, DataError, DataWarning, ImageColumns, ObjectColumns, PackedBytes, clip_to_image,
+    named, read_listed, starts,
 )
 from .seeding import sample_rng
 

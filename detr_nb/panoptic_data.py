@@ -21,26 +21,11 @@ from pycocotools.coco import COCO
 from torch import Tensor
 
 from detr_nb.annotations import (
-    Categories,
-    CocoIndex,
-    DataError,
-    DataWarning,
-    ImageColumns,
-    ObjectColumns,
-    PackedBytes,
-    named,
-    starts,
+    Categories, CocoIndex, DataError, DataWarning, ImageColumns, ObjectColumns, PackedBytes, named, starts,
 )
 from detr_nb.boxes import xyxy_to_xywh
 from detr_nb.coco import (
-    SPLIT_NAMES,
-    CocoDataset,
-    Sample,
-    missing_files,
-    read_image,
-    read_sample,
-    require_files,
-    to_pycocotools,
+    SPLIT_NAMES, CocoDataset, Sample, missing_files, read_image, read_sample, require_files, to_pycocotools,
 )
 from detr_nb.distributed import get_logger
 from detr_nb.seeding import sample_rng
