@@ -21,10 +21,10 @@ pytest.importorskip("onnxruntime")
 ROOT = Path(__file__).resolve().parent.parent
 REDUCED = dict(num_classes=7, hidden_dim=32, nheads=4, enc_layers=2, dec_layers=2, dim_feedforward=64, num_queries=10)
 MODELS = {
-    "small": dict(backbone="small", pre_norm=True),
+    "small": dict(backbone="small", pre_norm=True, enc_layers=1, dec_layers=1),
     "small-learned": dict(backbone="small", position_embedding="learned", enc_layers=0),
     "R50": dict(backbone="resnet50", pretrained=None),
-    "R50-DC5": dict(backbone="resnet50", pretrained=None, dilation=True),
+    "R50-DC5": dict(backbone="resnet50", pretrained=None, dilation=True, enc_layers=1, dec_layers=1),
 }
 # With torch 2.11 the recorded ResNet refuses a side of 4 n + 1 or 4 n + 2 pixels (see the chapter), the file does not.
 SIZES, FILE_SIZES = [(96, 128), (75, 100), (160, 64)], [(96, 128), (73, 101), (161, 66), (33, 200)]
@@ -51,10 +51,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("onnx")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["small", "R50-DC5"])
 def test_the_file_says_what_the_model_says(name: str, folder: Path, ledger: Ledger) -> None:
-    model = build(name)
-    exported = OnnxDETR(export_onnx(model, folder / f"{name}.onnx"), threads=1)
+    "And one that says something else is seen."
+    model, path = build(name), folder / f"{name}.onnx"
+    exported = OnnxDETR(export_onnx(model, path), threads=1)
     for count in (1, 3):
         for size in FILE_SIZES:
             images, padding = make_batch(count, *size)
@@ -66,9 +67,12 @@ def test_the_file_says_what_the_model_says(name: str, folder: Path, ledger: Ledg
         alone = model(images[:1])
     for ours, theirs in zip(exported(images[:1])[:2], alone):  # no mask at all
         ledger.compare("ONNX, logits and boxes", ours, theirs[-1:], ONNXRUNTIME)
+    model.bbox_embed.layers[-1].bias.data += 2e-3
+    with pytest.raises(ExportError, match=rf"{name}\.onnx does not say what the model says"):
+        check_onnx(model, path)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["small-learned", "R50"])
 def test_the_recorded_program_says_what_the_model_says(name: str, ledger: Ledger) -> None:
     model = build(name)
     program = export_program(model).module()
@@ -90,14 +94,6 @@ def test_the_model_stays_as_it_is() -> None:
     first, second = (program(images, padding)[0].detach() for _ in range(2))
     assert torch.equal(first, second) and first.dtype == torch.float32 and model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_a_wrong_file_is_seen(folder: Path) -> None:
-    model = build("small")
-    path = export_onnx(model, folder / "wrong.onnx")
-    model.bbox_embed.layers[-1].bias.data += 2e-3
-    with pytest.raises(ExportError, match=r"wrong\.onnx does not say what the model says"):
-        check_onnx(model, path)
 
 
 @pytest.fixture(scope="module")
