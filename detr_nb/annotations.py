@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['HUGE', 'DataError', 'DataWarning', 'named', 'Categories', 'starts', 'PackedBytes', 'ImageColumns', 'ObjectColumns',
-           'CocoIndex', 'read_images', 'clip_to_image', 'read_listed', 'sum_of']
+           'CocoIndex', 'read_images', 'clip_to_image', 'read_listed']
 
 # %% ../nbs/06_annotations.ipynb #ae6220e2
-import hashlib
 import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -382,17 +381,3 @@ def read_listed(path: Path) -> _Listed:
     order = np.flatnonzero(_keep_sound(boxes, images.sizes.numpy()[rows], crowd, ids, path))
     order = order[np.argsort(rows[order], kind="stable")]
     return _Listed(images, categories, [entries[i] for i in order.tolist()], rows[order], labels[order], boxes[order])
-
-# %% ../nbs/06_annotations.ipynb #5352cf8c
-def sum_of(
-    path: Path,
-    progress: Callable[[int], Any] | None = None,  # told how many bytes each part had
-) -> str:
-    "The SHA-256 sum of a file, read in small parts."
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            total.update(part)
-            if progress:
-                progress(len(part))
-    return total.hexdigest()
