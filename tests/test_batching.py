@@ -5,12 +5,12 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from book_demos import spawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detr_nb.batching import CachedDataset, EpochSampler, collate, make_loader
 from detr_nb.coco import Sample, open_coco
-from detr_nb.distributed import spawn
 from detr_nb.shapes_set import write_shapes
 from detr_nb.transforms import laptop_transform, output_size, paper_transform
 

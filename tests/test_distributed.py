@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from book_demos import spawn
 from torch.utils.data import DataLoader
 
 from detr_nb.distributed import (
@@ -20,7 +21,6 @@ from detr_nb.distributed import (
     on_main,
     read_launcher,
     set_threads,
-    spawn,
     stop,
     user_errors,
 )
@@ -112,11 +112,11 @@ def test_two_processes_are_one_run_and_accelerate_takes_the_group_over(launcher,
 @pytest.mark.parametrize("absent", [1, 0])
 def test_who_did_not_come_is_named(absent):
     code = "from detr_nb.distributed import start; start('cpu')"
-    environs = [slurm_environ(rank, 3, os.getpid() + 1 + absent, DETR_NB_TIMEOUT_S="5") for rank in range(3)]
+    environs = [slurm_environ(rank, 3, os.getpid() + 1 + absent, DETR_NB_TIMEOUT_S="3") for rank in range(3)]
     processes = [open_process(environ, "-c", code) for rank, environ in enumerate(environs) if rank != absent]
     errors = [process.communicate(timeout=60)[1] for process in processes]
     assert all(process.returncode for process in processes)
-    assert "waited 5 s at 127.0.0.1:" in errors[0] and f"for rank {absent}, who did not come" in errors[0]
+    assert "waited 3 s at 127.0.0.1:" in errors[0] and f"for rank {absent}, who did not come" in errors[0]
 
 
 def test_a_slurm_shell_without_srun_is_one_process_and_not_a_hang():
@@ -143,8 +143,18 @@ def test_slurm_spells_out_where_to_meet_or_the_user_does(tmp_path, monkeypatch):
 # --- threads
 
 
-@pytest.mark.parametrize("wish", [None, "1"])
-@pytest.mark.parametrize("launcher", [TORCHRUN, (*ACCELERATE, str(ROOT / "configs/accelerate/one_cpu.yaml"))])
+ONE_BY_ACCELERATE = (*ACCELERATE, str(ROOT / "configs/accelerate/one_cpu.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("launcher", "wish"),
+    [
+        (TORCHRUN, None),
+        (ONE_BY_ACCELERATE, "1"),
+        pytest.param(TORCHRUN, "1", marks=pytest.mark.slow),
+        pytest.param(ONE_BY_ACCELERATE, None, marks=pytest.mark.slow),
+    ],
+)
 def test_one_thread_is_a_wish_of_the_user_but_not_of_a_launcher(launcher, wish, tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cores = set_threads()
@@ -219,7 +229,6 @@ BY_ACCELERATE = (*ACCELERATE, str(ROOT / "configs/accelerate/two_cpu.yaml"))
 @pytest.mark.parametrize(
     ("launcher", "error"),
     [
-        (TORCHRUN, "raise KeyError('a label')"),
         (TORCHRUN, "raise UserError('no folder')"),
         (TORCHRUN, "os.kill(os.getpid(), 9)"),
         (BY_ACCELERATE, "raise KeyError('a label')"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from book_demos import spawn
 from ledger import PYCOCOTOOLS, Ledger
 from PIL import Image
 from pycocotools.coco import COCO
@@ -16,7 +17,7 @@ from detr_nb.batching import Batch, Targets, make_loader
 from detr_nb.coco import CocoDataset
 from detr_nb.criterion import SetCriterion
 from detr_nb.detr import Predictions
-from detr_nb.distributed import Process, UserError, spawn
+from detr_nb.distributed import Process, UserError
 from detr_nb.evaluation import CocoEvaluator, Detections, evaluate, postprocess, score
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools, NumPy 2

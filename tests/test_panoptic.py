@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from book_demos import spawn
 from PIL import Image
 
 from detr_nb.annotations import DataError, DataWarning
 from detr_nb.batching import CachedDataset, make_loader
 from detr_nb.detr import Predictions, build_detr
-from detr_nb.distributed import Process, UserError, spawn
+from detr_nb.distributed import Process, UserError
 from detr_nb.evaluation import evaluate
 from detr_nb.panoptic import PanopticEvaluator, PanopticQuality, PanopticWriter, judge, panoptic_segments
 from detr_nb.panoptic_data import PanopticDataset, Segments, open_panoptic

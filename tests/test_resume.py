@@ -123,8 +123,8 @@ def alone(shapes, tmp_path_factory) -> Path:
     ("number", "lines", "code", "file"),
     [
         pytest.param(signal.SIGTERM, 12, REQUEUE, CHECKPOINT, id="SIGTERM in an epoch of DETR"),
-        pytest.param(signal.SIGUSR1, 4, REQUEUE, BACKBONE, id="SIGUSR1 while the backbone learns"),
-        pytest.param(signal.SIGKILL, 4, -signal.SIGKILL, BACKBONE, id="SIGKILL while the backbone learns"),
+        pytest.param(signal.SIGUSR1, 4, REQUEUE, BACKBONE, marks=pytest.mark.slow, id="SIGUSR1 in the first stage"),
+        pytest.param(signal.SIGKILL, 4, -signal.SIGKILL, BACKBONE, id="SIGKILL in the first stage"),
     ],
 )
 def test_a_run_that_is_stopped_goes_on_to_the_same_end_bit_for_bit(number, lines, code, file, alone, shapes, tmp_path):
@@ -157,7 +157,8 @@ train.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("asked", [(0,), pytest.param((0, 1), marks=pytest.mark.slow)], ids=["rank 0", "both"])
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [(0,), (0, 1)], ids=["rank 0", "both"])
 def test_an_evaluation_ends_between_two_batches_and_is_done_again(asked, shapes, tmp_path):
     "Of two processes, each with two batches of two images; they wait after the first until the signal was sent."
     folder, program, go = tmp_path / "run", tmp_path / "slow.py", tmp_path / "go"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from book_demos import spawn
 from PIL import Image
 from pycocotools import mask as run_length
 from pycocotools.cocoeval import COCOeval
@@ -16,7 +17,7 @@ from torch import Tensor
 from detr_nb.batching import Batch, Targets, make_loader
 from detr_nb.coco import CocoDataset
 from detr_nb.detr import Predictions, build_detr
-from detr_nb.distributed import Process, UserError, spawn
+from detr_nb.distributed import Process, UserError
 from detr_nb.evaluation import evaluate
 from detr_nb.matcher import Matches, match
 from detr_nb.segmentation import (

@@ -1,6 +1,7 @@
 "The launcher from the outside: several processes, killed runs, bad input."
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -12,12 +13,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import DistributedType
+from book_demos import spawn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import detr_nb
+from detr_nb import engine, train
 from detr_nb.config import PRESETS, Config
-from detr_nb.distributed import Process, spawn, world_size
+from detr_nb.distributed import Process, world_size
 from detr_nb.engine import Muon, build_model, build_optimizer
 from detr_nb.runs import Run, resume, save
 from detr_nb.shapes_set import write_shapes
@@ -54,6 +57,33 @@ def launch(*arguments: object, launcher: list[str] = ALONE, check: bool = True) 
     return result
 
 
+class Here:
+    "The launcher called in this process, which saves its start; `said` is what it logged and how it ended."
+
+    def __init__(self, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture):
+        self.caplog, self.capsys, self.said = caplog, capsys, ""
+
+    def __call__(self, *arguments: object, fails: bool = False) -> str:
+        "Train or evaluate; returns what went to standard output."
+        self.caplog.clear()
+        self.capsys.readouterr()
+        with self.caplog.at_level(logging.INFO):
+            if fails:
+                with pytest.raises(SystemExit) as end:
+                    train.main(list(map(str, arguments)))
+                assert end.value.code
+            else:
+                train.main(list(map(str, arguments)))
+        printed = self.capsys.readouterr()
+        self.said = self.caplog.text + printed.err + (str(end.value.code) if fails else "")
+        return printed.out
+
+
+@pytest.fixture
+def here(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture) -> Here:
+    return Here(caplog, capsys)
+
+
 def steps(folder: Path) -> list[dict]:
     "The lines of a run's steps.jsonl."
     return [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
@@ -73,7 +103,7 @@ def one_process(shapes, tmp_path_factory) -> Path:
 
 def train_on_eight(shapes: Path, folder: Path, *arguments: object) -> Path:
     "Train with eight images a step in one process; returns the run folder."
-    launch("--shapes_path", shapes, "--output_dir", folder, "--batch_size", 8, *SMALL, *arguments)
+    train.main(list(map(str, ["--shapes_path", shapes, "--output_dir", folder, "--batch_size", 8, *SMALL, *arguments])))
     return folder
 
 
@@ -86,7 +116,8 @@ def test_two_processes_with_half_the_batch_give_the_losses_of_one(
     optimizer, number, rel, pretrain_epochs, launcher, shapes, tmp_path
 ):
     "Muon lifts the rounding of sums in another order with each step, so it is compared over three only."
-    few = ["--limit_val", 2, "--save_every", 0, "--optimizer", optimizer, "--pretrain_epochs", pretrain_epochs]
+    few = ["--limit_train", 8 * number, "--limit_val", 2, "--save_every", 0, "--optimizer", optimizer]
+    few += ["--pretrain_epochs", pretrain_epochs]
     one, two = (tmp_path / name for name in ("one", "two"))
     train_on_eight(shapes, one, *few)
     arguments = ["--shapes_path", shapes, "--output_dir", two, "--batch_size", 4, *SMALL, *few]
@@ -137,11 +168,10 @@ def test_a_run_writes_its_folder(one_process):
     assert len(line["test_coco_eval_bbox"]) == 12
 
 
-def test_eval_of_a_checkpoint_gives_the_numbers_of_its_log(one_process, shapes):
-    result = launch(
-        "--shapes_path", shapes, "--eval", "--resume", one_process / "checkpoint.pth", "--batch_size", 8, *SMALL
-    )
-    tested = json.loads(result.stdout[result.stdout.index("{\n") :])
+def test_eval_of_a_checkpoint_gives_the_numbers_of_its_log(one_process, shapes, here):
+    newest = one_process / "checkpoint.pth"
+    printed = here("--shapes_path", shapes, "--eval", "--resume", newest, "--batch_size", 8, *SMALL)
+    tested = json.loads(printed[printed.index("{\n") :])
     line = json.loads((one_process / "log.txt").read_text().splitlines()[-1])
     assert tested["test_coco_eval_bbox"] == pytest.approx(line["test_coco_eval_bbox"], abs=1e-6)
 
@@ -151,10 +181,10 @@ def tensors(path: Path) -> dict:
     return torch.load(path, weights_only=True)
 
 
-def test_with_frozen_weights_only_the_mask_head_learns(one_process, shapes, tmp_path):
+def test_with_frozen_weights_only_the_mask_head_learns(one_process, shapes, tmp_path, here):
     source = one_process / "checkpoint.pth"
     arguments = ["--masks", "--frozen_weights", source, "--dropout", "0.1", "--lr_backbone", "1e-3"]
-    launch("--shapes_path", shapes, "--output_dir", tmp_path, "--batch_size", 8, *SMALL, *arguments)
+    here("--shapes_path", shapes, "--output_dir", tmp_path, "--batch_size", 8, *SMALL, *arguments)
     before, after = tensors(source)["model"], tensors(tmp_path / "checkpoint.pth")
     assert all(torch.equal(after["model"][f"detr.{name}"], tensor) for name, tensor in before.items())
     head = [name for name in after["model"] if not name.startswith("detr.")]
@@ -165,35 +195,37 @@ def test_with_frozen_weights_only_the_mask_head_learns(one_process, shapes, tmp_
     assert line["test_coco_eval_bbox"] == pytest.approx(box_numbers, abs=1e-6)
 
 
-def test_a_panoptic_run_starts_from_boxes_and_is_resumed_and_evaluated(one_process, shapes, tmp_path):
+def test_a_panoptic_run_starts_from_boxes_and_is_resumed_and_evaluated(one_process, shapes, tmp_path, here):
     arguments = ["--shapes_path", shapes, "--output_dir", tmp_path, "--batch_size", 8, *SMALL, "--resume", "auto"]
     learn = ["--dataset_file", "coco_panoptic", "--masks", "--finetune", one_process / "best.pth", "--keep_classes"]
-    result = launch(*arguments, *learn, launcher=TORCHRUN)
-    assert "the rows of disc" in result.stdout and "2 processes" in result.stdout
+    here(*arguments, *learn, "--limit_train", 32)
+    assert "the rows of disc" in here.said
     line = json.loads((tmp_path / "log.txt").read_text().splitlines()[-1])
     assert line["test_PQ_all"]["n"] == 10 and {"test_PQ_th", "test_PQ_st"} <= line.keys()
     classes = tensors(tmp_path / "checkpoint.pth")["classes"]
     assert sum(classes["is_thing"]) == 6 and len(classes["names"]) == 10
-    again = launch(*arguments, *learn, "--eval", launcher=TORCHRUN)
-    tested = json.loads(again.stdout[again.stdout.index("{\n") :])
+    printed = here(*arguments, *learn, "--eval")
+    tested = json.loads(printed[printed.index("{\n") :])
     assert tested["test_PQ_all"]["pq"] == pytest.approx(line["test_PQ_all"]["pq"], abs=1e-6)
 
 
-def test_frozen_weights_are_refused_without_masks_and_for_other_classes(one_process, shapes, tmp_path):
+def test_frozen_weights_are_refused_without_masks_and_for_other_classes(one_process, shapes, tmp_path, here):
     arguments = ["--shapes_path", shapes, "--output_dir", tmp_path, *SMALL]
     frozen = ["--frozen_weights", one_process / "best.pth"]
-    result = launch(*arguments, *frozen, check=False)
-    assert result.returncode and "needs --masks" in result.stderr and "Traceback" not in result.stderr
-    result = launch(*arguments, *frozen, "--masks", "--dataset_file", "coco_panoptic", check=False)
-    assert result.returncode and "Train the boxes first" in result.stderr and "Traceback" not in result.stderr
+    here(*arguments, *frozen, fails=True)
+    assert "needs --masks" in here.said
+    here(*arguments, *frozen, "--masks", "--dataset_file", "coco_panoptic", fails=True)
+    assert "Train the boxes first" in here.said
 
 
-def test_a_small_set_from_scratch_is_warned_of(shapes, tmp_path):
+def test_a_small_set_from_scratch_is_warned_of(shapes, tmp_path, here):
     arguments = ["paper", *SMALL, "--coco_path", shapes, "--fast_dev_run", "--backbone", "small", "--no_pretrained"]
     arguments += ["--image_size", 64, "--output_dir", tmp_path]
     warning = "from scratch on 96 images"
-    assert warning in launch(*arguments).stdout
-    assert warning not in launch(*arguments, "--overfit", 2).stdout
+    here(*arguments)
+    assert warning in here.said
+    here(*arguments, "--overfit", 2)
+    assert warning not in here.said
 
 
 FSDP = PRESETS["shapes"].but(enc_layers=1, dec_layers=1, hidden_dim=32, dim_feedforward=64, optimizer="adamw")
@@ -261,14 +293,17 @@ def test_help_is_there_at_once_and_grouped():
         assert words in result.stdout, result.stdout
 
 
-def test_what_is_wrong_with_a_command_is_said_once_by_all_processes_together(tmp_path):
-    for arguments, words in (
-        (["--lr", "fast"], "could not convert string to float: 'fast'"),
-        (["--finetune", "nothing.pth"], "nothing.pth: there is no such file"),
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        pytest.param(["--lr", "fast"], "could not convert string to float: 'fast'", marks=pytest.mark.slow),
+        pytest.param(["--finetune", "nothing.pth"], "nothing.pth: there is no such file", marks=pytest.mark.slow),
         (["--coco_path", "nowhere"], "no such folder: nowhere"),
-    ):
-        result = launch(*arguments, "--device", "cpu", "--no_pretrained", launcher=TORCHRUN, check=False)
-        assert result.returncode != 0 and (result.stdout + result.stderr).count(words) == 1, result.stderr
+    ],
+)
+def test_what_is_wrong_with_a_command_is_said_once_by_all_processes_together(arguments, words):
+    result = launch(*arguments, "--device", "cpu", "--no_pretrained", launcher=TORCHRUN, check=False)
+    assert result.returncode != 0 and (result.stdout + result.stderr).count(words) == 1, result.stderr
 
 
 @pytest.mark.parametrize(
@@ -279,69 +314,60 @@ def test_what_is_wrong_with_a_command_is_said_once_by_all_processes_together(tmp
         (["--resume", __file__], ["test_train.py", "not a checkpoint"]),
     ],
 )
-def test_bad_input_ends_in_one_message(arguments, words, shapes, tmp_path):
+def test_bad_input_ends_in_one_message(arguments, words, shapes, tmp_path, here):
     extra = [] if "--coco_path" in arguments else ["--shapes_path", shapes]
     model = ["--backbone", "small", "--no_pretrained"]
-    result = launch(*arguments, *extra, *model, "--output_dir", tmp_path, *SMALL, check=False)
-    assert result.returncode != 0 and "Traceback" not in result.stderr
-    assert all(word in result.stderr for word in words), result.stderr
+    here(*arguments, *extra, *model, "--output_dir", tmp_path, *SMALL, fails=True)
+    assert all(word in here.said for word in words), here.said
 
 
-def test_an_image_that_a_loader_process_cannot_read_is_named_in_one_message(shapes, tmp_path):
+def test_an_image_that_a_loader_process_cannot_read_is_named_in_one_message(shapes, tmp_path, here):
     broken = tmp_path / "broken"
     shutil.copytree(shapes, broken)
     victim = sorted((broken / "train2017").iterdir())[5]
     victim.write_bytes(victim.read_bytes()[:200])
-    result = launch("--shapes_path", broken, "--output_dir", tmp_path / "run", *SMALL, "--num_workers", 1, check=False)
-    assert result.returncode != 0 and "Traceback" not in result.stderr, result.stderr
-    assert victim.name in result.stderr
+    here("--shapes_path", broken, "--output_dir", tmp_path / "run", *SMALL, "--num_workers", 1, fails=True)
+    assert victim.name in here.said and "Traceback" not in here.said
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_images(shapes, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_images(shapes, tmp_path, here):
     arguments = ["--lr", "1e30", "--lr_backbone", "1e30", "--clip_max_norm", "0", "--warmup_steps", "0"]
-    result = launch(
-        "--shapes_path", shapes, "--output_dir", tmp_path, "--batch_size", 8, *SMALL, *arguments, check=False
-    )
-    assert result.returncode != 0 and "Traceback" not in result.stderr
+    arguments += ["--pretrain_epochs", 0]
+    here("--shapes_path", shapes, "--output_dir", tmp_path, "--batch_size", 8, *SMALL, *arguments, fails=True)
+    assert "Traceback" not in here.said
     for words in ("not finite", "step 1", "image ids", "Learning rates", "last losses", "not_finite-0.json"):
-        assert words in result.stderr, result.stderr
+        assert words in here.said, here.said
     report = json.loads((tmp_path / "not_finite-0.json").read_text())
     assert report["step"] == 1 and len(report["image_ids"]) == 8 and len(report["boxes"]) == sum(report["counts"])
     assert report["first_not_finite"].startswith(("the output of", "the parameter")) and report["last_losses"]
 
 
-BAD_GRADIENT = """
-import sys
-from detr_nb import engine, train
-whole = engine.batch_losses
-def broken(model, *others):
-    losses = whole(model, *others)
-    return losses | {"loss": losses["loss"] + (0 * next(model.parameters()).sum()).sqrt()}
-engine.batch_losses = broken
-train.main(sys.argv[1:])
-"""
-
-
 @pytest.mark.parametrize("flag", [[], ["--detect_anomaly"]], ids=["by itself", "with --detect_anomaly"])
-def test_a_gradient_that_is_not_finite_is_traced(flag, shapes, tmp_path):
+def test_a_gradient_that_is_not_finite_is_traced(flag, shapes, tmp_path, here, monkeypatch):
     "The root of nothing has an infinite slope: the loss looks well, and the gradient, infinity times zero, does not."
-    program, folder = tmp_path / "broken.py", tmp_path / "run"
-    program.write_text(BAD_GRADIENT)
+    whole, folder = engine.batch_losses, tmp_path / "run"
+
+    def broken(model: torch.nn.Module, *others: object) -> dict:
+        losses = whole(model, *others)
+        return losses | {"loss": losses["loss"] + (0 * next(model.parameters()).sum()).sqrt()}
+
+    monkeypatch.setattr(engine, "batch_losses", broken)
     arguments = ["--shapes_path", shapes, "--output_dir", folder, *SMALL, "--pretrain_epochs", "0", *flag]
-    result = launch(*arguments, launcher=[sys.executable, str(program)], check=False)
-    assert result.returncode != 0
     if flag:
-        assert "Function 'MulBackward0' returned nan values" in result.stderr
+        with pytest.raises(RuntimeError, match="Function 'MulBackward0' returned nan values"):
+            here(*arguments)
+        torch.autograd.set_detect_anomaly(False)
     else:
+        here(*arguments, fails=True)
         report = json.loads((folder / "not_finite-0.json").read_text())
-        assert report["first_not_finite"].startswith("the gradient of ") and "Traceback" not in result.stderr
+        assert report["first_not_finite"].startswith("the gradient of ") and "Traceback" not in here.said
 
 
-def test_tensorboard_gets_rates_losses_of_each_layer_speed_and_memory(shapes, tmp_path):
+def test_tensorboard_gets_rates_losses_of_each_layer_speed_and_memory(shapes, tmp_path, here):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     few = ["--limit_train", 24, "--limit_val", 4, "--batch_size", 8, "--pretrain_epochs", 0]
-    launch("--shapes_path", shapes, "--output_dir", tmp_path, *SMALL, *few, "--report_to", "tensorboard")
+    here("--shapes_path", shapes, "--output_dir", tmp_path, *SMALL, *few, "--report_to", "tensorboard")
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     layers = {f"step/{name}{layer}" for name in ("loss_ce", "loss_bbox", "loss_giou") for layer in ("", "_0")}
     speed = {f"step/{name}" for name in ("data_time", "step_time", "images_per_second", "memory_mb")}
@@ -353,9 +379,9 @@ def test_tensorboard_gets_rates_losses_of_each_layer_speed_and_memory(shapes, tm
 
 
 @pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed here")
-def test_a_tracker_that_is_not_installed_is_named(shapes, tmp_path):
-    result = launch("--shapes_path", shapes, "--output_dir", tmp_path, *SMALL, "--report_to", "wandb", check=False)
-    assert result.returncode != 0 and "pip install wandb" in result.stderr and "Traceback" not in result.stderr
+def test_a_tracker_that_is_not_installed_is_named(shapes, tmp_path, here):
+    here("--shapes_path", shapes, "--output_dir", tmp_path, *SMALL, "--report_to", "wandb", fails=True)
+    assert "pip install wandb" in here.said
 
 
 def test_rank_zero_alone_says_what_was_left_out(shapes, tmp_path):

@@ -1,18 +1,26 @@
-"""What the book's chapters let other processes do: a new Python can import only what stands in a file."""
+"""Processes for the book's chapters and for tests, and what the chapters let them do: a new Python can import only what
+stands in a file."""
 import logging
+import os
 import random
 import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, multiprocessing
 from torch.utils.data import Dataset
 
 from detr_nb.distributed import (
+    Launch,
     Process,
     barrier,
     gather_objects,
@@ -21,8 +29,47 @@ from detr_nb.distributed import (
     on_main,
     reduce_mean,
     reduce_sum,
+    start,
+    stop,
 )
 from detr_nb.seeding import sample_rng, seed_everything
+
+
+def _run_task(own_rank: int, folder: str, port: int, num_processes: int, function: Callable, args: tuple) -> None:
+    "What a spawned process does: join the group, run the function, leave what it prints and its result in the folder."
+    os.environ.update(CUDA_VISIBLE_DEVICES="", TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
+    launch = Launch(own_rank, num_processes, own_rank, num_processes, master_port=port, launcher="torchrun")
+    torch.set_num_threads(1)
+    with open(Path(folder, f"{own_rank}.out"), "w", buffering=1) as out, redirect_stdout(out), redirect_stderr(out):
+        torch.save(function(start("cpu", 60.0, launch), *args), Path(folder, f"{own_rank}.pt"))
+    stop()
+
+
+def spawn(
+    function: Callable,  # called as function(process, *args); importable by name
+    num_processes: int,
+    *args: Any,
+    timeout_s: float = 120.0,  # for all of it
+) -> list[Any]:  # what each returned, in order of rank
+    "Run a function in several new CPU processes that form a group, relay what they print, and return their results."
+    if getattr(function, "__module__", None) == "__main__":
+        raise ValueError(f"other processes cannot import {function.__name__!r} from a notebook or script: use a module")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # port 0: the system picks a free one
+    with tempfile.TemporaryDirectory() as folder:
+        task = (folder, store.port, num_processes, function, args)
+        started, end = multiprocessing.spawn(_run_task, task, num_processes, join=False), time.monotonic() + timeout_s
+        try:
+            while not started.join(max(0.0, end - time.monotonic())):
+                if time.monotonic() > end:
+                    running = [number for number, process in enumerate(started.processes) if process.is_alive()]
+                    raise TimeoutError(f"still running after {timeout_s:g} s, and now ended: ranks {running}")
+        finally:
+            for process in started.processes:
+                process.kill()
+                process.join()
+            for path in sorted(Path(folder).glob("*.out")):
+                sys.stdout.write(path.read_text())
+        return [torch.load(Path(folder, f"{number}.pt"), weights_only=False) for number in range(num_processes)]
 
 
 def describe_process(process: Process) -> dict[str, Any]:
