@@ -25,174 +25,115 @@ import tyro
 class DataConfig:
     "What a run reads."
 
+    # objects, or things and stuff from COCO's panoptic annotations (paper: both)
     dataset_file: Literal["coco", "coco_panoptic"] = "coco"
-    "objects, or things and stuff from COCO's panoptic annotations (paper: both)"
-    coco_path: str = ""
-    "folder of a data set in COCO's or Roboflow's layout; empty: the embedded set"
-    coco_panoptic_path: str = ""
-    "folder of the panoptic annotations and their PNGs; empty: that of --coco_path"
+    coco_path: str = ""  # folder of a data set in COCO's or Roboflow's layout; empty: the embedded set
+    coco_panoptic_path: str = ""  # folder of the panoptic annotations and their PNGs; empty: that of --coco_path
+    # with the next three, in place of --coco_path: folder of the training images; empty: beside their annotations
     train_images: str = ""
-    "with the next three, in place of --coco_path: folder of the training images; empty: beside their annotations"
-    train_annotations: str = ""
-    "file in COCO's format that lists the training images"
-    val_images: str = ""
-    "folder of the validation images; empty: beside their annotations"
-    val_annotations: str = ""
-    "file in COCO's format that lists the validation images"
-    shapes_path: str = "data/shapes"
-    "where the embedded set is written and read"
-    limit_train: int = 0
-    "use only this many of the training images; 0: all"
-    limit_val: int = 0
-    "use only this many of the validation images; 0: all"
+    train_annotations: str = ""  # file in COCO's format that lists the training images
+    val_images: str = ""  # folder of the validation images; empty: beside their annotations
+    val_annotations: str = ""  # file in COCO's format that lists the validation images
+    shapes_path: str = "data/shapes"  # where the embedded set is written and read
+    limit_train: int = 0  # use only this many of the training images; 0: all
+    limit_val: int = 0  # use only this many of the validation images; 0: all
+    # train and evaluate on this many training images, not augmented, for 600 epochs unless told otherwise; 0: all
     overfit: int = 0
-    "train and evaluate on this many training images, not augmented, for 600 epochs unless told otherwise; 0: all"
+    # short side of the images in pixels, all lengths of the paper's recipe with it; 0: 800 (embedded set: as drawn)
     image_size: int = 0
-    "short side of the images in pixels, all lengths of the paper's recipe with it; 0: 800 (embedded set: as drawn)"
-    exact_resize: bool = False
-    "resize with PIL as the released code does: the same to the last grey level, and slower"
+    exact_resize: bool = False  # resize with PIL as the released code does: the same to the last grey level, and slower
 
 # %% ../nbs/27_config.ipynb #ae99e10b
 @dataclass(frozen=True)
 class ModelConfig:
     "The detector."
 
+    # network that makes the feature map (paper: resnet50, resnet101)
     backbone: Literal["small", "resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
-    "network that makes the feature map (paper: resnet50, resnet101)"
+    # its norm: as it was trained, or learning over batches, or over groups of channels (paper: frozen)
     backbone_norm: Literal["frozen", "batch", "group"] = "frozen"
-    "its norm: as it was trained, or learning over batches, or over groups of channels (paper: frozen)"
-    pretrained: bool = True
-    "start the backbone from ImageNet weights (paper: yes)"
+    pretrained: bool = True  # start the backbone from ImageNet weights (paper: yes)
+    # epochs in which the backbone alone learns what each cell shows, before the training; for random weights (paper: 0)
     pretrain_epochs: int = 0
-    "epochs in which the backbone alone learns what each cell shows, before the training; for random weights (paper: 0)"
-    dilation: bool = False
-    "DC5: twice the resolution of the last feature map (paper: in DETR-DC5)"
-    position_embedding: Literal["sine", "learned"] = "sine"
-    "how a cell knows its place (paper: sine)"
-    temperature: float = 10000
-    "of the sine waves: a lower one suits narrow models and small maps (paper: 10000)"
-    enc_layers: int = 6
-    "layers of the encoder (paper: 6)"
-    dec_layers: int = 6
-    "layers of the decoder (paper: 6)"
-    dim_feedforward: int = 2048
-    "width inside the feed-forward networks (paper: 2048)"
-    hidden_dim: int = 256
-    "width of tokens and queries (paper: 256)"
-    dropout: float = 0.1
-    "share of units left out while training (paper: 0.1)"
-    nheads: int = 8
-    "heads of each attention (paper: 8)"
-    num_queries: int = 100
-    "objects that can be found in one image (paper: 100)"
-    pre_norm: bool = False
-    "normalise before attention, not after (paper: no)"
-    masks: bool = False
-    "also paint a mask for each object (paper: in a second training)"
+    dilation: bool = False  # DC5: twice the resolution of the last feature map (paper: in DETR-DC5)
+    position_embedding: Literal["sine", "learned"] = "sine"  # how a cell knows its place (paper: sine)
+    temperature: float = 10000  # of the sine waves: a lower one suits narrow models and small maps (paper: 10000)
+    enc_layers: int = 6  # layers of the encoder (paper: 6)
+    dec_layers: int = 6  # layers of the decoder (paper: 6)
+    dim_feedforward: int = 2048  # width inside the feed-forward networks (paper: 2048)
+    hidden_dim: int = 256  # width of tokens and queries (paper: 256)
+    dropout: float = 0.1  # share of units left out while training (paper: 0.1)
+    nheads: int = 8  # heads of each attention (paper: 8)
+    num_queries: int = 100  # objects that can be found in one image (paper: 100)
+    pre_norm: bool = False  # normalise before attention, not after (paper: no)
+    masks: bool = False  # also paint a mask for each object (paper: in a second training)
+    # smallest probability of a class that gives a segment in the panoptic evaluation (paper: 0.85)
     panoptic_threshold: float = 0.85
-    "smallest probability of a class that gives a segment in the panoptic evaluation (paper: 0.85)"
 
-
+# %% ../nbs/27_config.ipynb #64203c27
 @dataclass(frozen=True)
 class LossConfig:
     "The weights of matching and loss."
 
-    aux_loss: bool = True
-    "a loss after every decoder layer, not only the last (paper: yes)"
-    set_cost_class: float = 1
-    "of the class in the cost of matching (paper: 1)"
-    set_cost_bbox: float = 5
-    "of the L1 distance in the cost of matching (paper: 5)"
-    set_cost_giou: float = 2
-    "of the generalised IoU in the cost of matching (paper: 2)"
-    bbox_loss_coef: float = 5
-    "of the L1 distance in the loss (paper: 5)"
-    giou_loss_coef: float = 2
-    "of the generalised IoU in the loss (paper: 2)"
-    mask_loss_coef: float = 1
-    "of the masks' focal loss (paper: 1)"
-    dice_loss_coef: float = 1
-    "of the masks' dice loss (paper: 1)"
-    eos_coef: float = 0.1
-    "of the no-object class among the classes (paper: 0.1)"
+    aux_loss: bool = True  # a loss after every decoder layer, not only the last (paper: yes)
+    set_cost_class: float = 1  # of the class in the cost of matching (paper: 1)
+    set_cost_bbox: float = 5  # of the L1 distance in the cost of matching (paper: 5)
+    set_cost_giou: float = 2  # of the generalised IoU in the cost of matching (paper: 2)
+    bbox_loss_coef: float = 5  # of the L1 distance in the loss (paper: 5)
+    giou_loss_coef: float = 2  # of the generalised IoU in the loss (paper: 2)
+    mask_loss_coef: float = 1  # of the masks' focal loss (paper: 1)
+    dice_loss_coef: float = 1  # of the masks' dice loss (paper: 1)
+    eos_coef: float = 0.1  # of the no-object class among the classes (paper: 0.1)
 
 # %% ../nbs/27_config.ipynb #de68142a
 @dataclass(frozen=True)
 class OptimizerConfig:
     "Batches, rates and their schedule."
 
-    lr: float = 1e-4
-    "learning rate of the transformer (paper: 1e-4)"
-    lr_backbone: float = 1e-5
-    "learning rate of the backbone; 0 freezes it (paper: 1e-5)"
-    lr_masks: float = 1e-4
-    "learning rate of the mask head, always by AdamW (paper: 1e-4)"
-    lr_muon: float = 0.01
-    "learning rate of what steps by Muon"
+    lr: float = 1e-4  # learning rate of the transformer (paper: 1e-4)
+    lr_backbone: float = 1e-5  # learning rate of the backbone; 0 freezes it (paper: 1e-5)
+    lr_masks: float = 1e-4  # learning rate of the mask head, always by AdamW (paper: 1e-4)
+    lr_muon: float = 0.01  # learning rate of what steps by Muon
+    # muon: convolutions and linear layers step by Muon, the rest by AdamW (paper: adamw)
     optimizer: Literal["adamw", "muon"] = "adamw"
-    "muon: convolutions and linear layers step by Muon, the rest by AdamW (paper: adamw)"
-    weight_decay: float = 1e-4
-    "share of a weight taken off at each step, times the rate (paper: 1e-4)"
-    clip_max_norm: float = 0.1
-    "largest norm of the whole gradient; 0: no clipping (paper: 0.1)"
-    epochs: int = 300
-    "times through the training images (paper: 300, and 500)"
+    weight_decay: float = 1e-4  # share of a weight taken off at each step, times the rate (paper: 1e-4)
+    clip_max_norm: float = 0.1  # largest norm of the whole gradient; 0: no clipping (paper: 0.1)
+    epochs: int = 300  # times through the training images (paper: 300, and 500)
+    # step: a tenth after every lr_drop epochs; cosine: to zero at the last step (paper: step)
     schedule: Literal["step", "cosine"] = "step"
-    "step: a tenth after every lr_drop epochs; cosine: to zero at the last step (paper: step)"
-    lr_drop: int = 200
-    "epochs between two drops (paper: 200, and 400)"
-    warmup_steps: int = 0
-    "steps over which the rate rises from zero (paper: 0)"
-    batch_size: int = 2
-    "images per process and step (paper: 4 on each of 16 GPUs)"
-    group_by_shape: bool = False
-    "batches of images of like shape, which pad less (paper: no)"
-    accumulate: int = 1
-    "batches summed into one step (paper: 1)"
+    lr_drop: int = 200  # epochs between two drops (paper: 200, and 400)
+    warmup_steps: int = 0  # steps over which the rate rises from zero (paper: 0)
+    batch_size: int = 2  # images per process and step (paper: 4 on each of 16 GPUs)
+    group_by_shape: bool = False  # batches of images of like shape, which pad less (paper: no)
+    accumulate: int = 1  # batches summed into one step (paper: 1)
+    # half precision in the model; the losses stay in float32 (paper: no)
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    "half precision in the model; the losses stay in float32 (paper: no)"
 
 
 @dataclass(frozen=True)
 class RunConfig:
     "Where a run begins, what it writes and what it reports."
 
-    output_dir: str = ""
-    "the run's folder; empty: a new one under runs/"
+    output_dir: str = ""  # the run's folder; empty: a new one under runs/
+    # a checkpoint of ours to go on from, with its settings where no flag says otherwise; auto: the run's newest, if any
     resume: str = ""
-    "a checkpoint of ours to go on from, with its settings where no flag says otherwise; auto: the run's newest, if any"
-    eval: bool = False
-    "evaluate the resumed checkpoint and stop"
-    finetune: str = ""
-    "a checkpoint's path, name or URL: start from its model and weights, with a new class head"
+    eval: bool = False  # evaluate the resumed checkpoint and stop
+    finetune: str = ""  # a checkpoint's path, name or URL: start from its model and weights, with a new class head
+    # with --masks: a checkpoint's path, name or URL whose detector stays as it is; only the mask head learns
     frozen_weights: str = ""
-    "with --masks: a checkpoint's path, name or URL whose detector stays as it is; only the mask head learns"
-    keep_classes: bool = False
-    "with --finetune: keep the class head's rows of classes that both sets name alike"
-    fast_dev_run: bool = False
-    "two steps and one evaluation batch: does everything start?"
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    "auto: the GPU where there is one"
-    num_threads: int = 0
-    "threads of each process on the CPU; 0: its share of the cores, or what OMP_NUM_THREADS says"
-    num_workers: int = 2
-    "loader processes beside each training process"
-    seed: int = 42
-    "of weights, order, augmentation and dropout (released code: 42)"
-    start_epoch: int = 0
-    "number of the first epoch"
-    eval_every: int = 1
-    "epochs between evaluations; the last epoch is always evaluated (released code: 1)"
-    save_every: int = 1000
-    "steps between checkpoints, beside the one after every epoch; 0: none between"
-    log_every: int = 10
-    "steps between lines of steps.jsonl"
-    report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"
-    "who draws curves while the run goes on"
-    detect_anomaly: bool = False
-    "let autograd name the operation whose gradient is not a number; slow"
-    verbose: bool = False
-    "show where in the code it happened also for what you can mend"
+    keep_classes: bool = False  # with --finetune: keep the class head's rows of classes that both sets name alike
+    fast_dev_run: bool = False  # two steps and one evaluation batch: does everything start?
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the GPU where there is one
+    num_threads: int = 0  # threads of each process on the CPU; 0: its share of the cores, or what OMP_NUM_THREADS says
+    num_workers: int = 2  # loader processes beside each training process
+    seed: int = 42  # of weights, order, augmentation and dropout (released code: 42)
+    start_epoch: int = 0  # number of the first epoch
+    eval_every: int = 1  # epochs between evaluations; the last epoch is always evaluated (released code: 1)
+    save_every: int = 1000  # steps between checkpoints, beside the one after every epoch; 0: none between
+    log_every: int = 10  # steps between lines of steps.jsonl
+    report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"  # who draws curves while the run goes on
+    detect_anomaly: bool = False  # let autograd name the operation whose gradient is not a number; slow
+    verbose: bool = False  # show where in the code it happened also for what you can mend
 
 # %% ../nbs/27_config.ipynb #d63c8f98
 @dataclass(frozen=True)
@@ -272,12 +213,12 @@ def read_command_line(
 
 def _parse(argv: list[str], default: Config) -> Config:
     "The command line, on top of a default; help and errors are written by one of several processes."
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    quiet = {} if rank == "0" else {"stdout": StringIO(), "stderr": StringIO()}
-    with redirect_stdout(quiet.get("stdout", sys.stdout)), redirect_stderr(quiet.get("stderr", sys.stderr)):
-        return tyro.cli(tyro.conf.OmitArgPrefixes[Config], args=argv, default=default, prog="detr_nb.train",
-                        description="Train or evaluate a DETR. The first word may be a preset: "
-                                    f"{', '.join(PRESETS)}.", use_underscores=True)
+    first = (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0"
+    with redirect_stdout(sys.stdout if first else StringIO()), redirect_stderr(sys.stderr if first else StringIO()):
+        return tyro.cli(
+            tyro.conf.OmitArgPrefixes[Config], args=argv, default=default, prog="detr_nb.train", use_underscores=True,
+            description=f"Train or evaluate a DETR. The first word may be a preset: {', '.join(PRESETS)}.",
+        )
 
 # %% ../nbs/27_config.ipynb #03a70e0c
 def describe(config: Config, preset: str) -> str:

@@ -42,9 +42,8 @@ def choose_transform(config: Config, train: bool) -> Transform:
 # %% ../nbs/28_engine.ipynb #29a61fce
 def build_model(config: Config, num_classes: int) -> DETR | SegmentationDETR:
     "The model that a configuration describes; its backbone's ImageNet weights only if no checkpoint brings weights."
-    settings = asdict(config.model)
-    for name in ("masks", "pretrain_epochs", "panoptic_threshold"):
-        del settings[name]
+    others = ("masks", "pretrain_epochs", "panoptic_threshold")  # are not for the detector itself
+    settings = {name: value for name, value in asdict(config.model).items() if name not in others}
     if settings["pretrained"] and (config.run.resume or config.run.finetune or config.run.frozen_weights):
         settings["pretrained"] = None  # they are loaded later
     model = build_detr(num_classes, norm=settings.pop("backbone_norm"), **settings)
@@ -127,10 +126,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         "One step; returns what the closure does, if one is given."
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             (self._step_matrices if group["muon"] else self._step_adamw)(parameters, group)
@@ -211,13 +207,6 @@ class Averages:
         means = reduce_mean({name: total / self.steps for name, total in self.sums.items()})
         return {name: float(value) for name, value in means.items()}
 
-
-def _scaled_and_raw(criterion: SetCriterion, losses: dict[str, Tensor], total: Tensor) -> dict[str, Tensor]:
-    "The losses under the names of the released log: weighted, and `_unscaled` as they come from the criterion."
-    raw = {f"{name}_unscaled": value for name, value in losses.items()}
-    weighted = {name: value * criterion.weight(name) for name, value in losses.items() if criterion.weight(name)}
-    return {"loss": total, **weighted, "class_error": losses["class_error"], **raw}
-
 # %% ../nbs/28_engine.ipynb #7ccb42a7
 class NotFinite(UserError, FloatingPointError):
     "A loss or a gradient is not a number, or has no end."
@@ -260,7 +249,7 @@ def batch_losses(
     divisors: Float[Tensor, "2"] | None,  # see `SetCriterion`
     aux_loss: bool,
 ) -> dict[str, Tensor]:
-    "All losses of one batch; `loss` is their weighted sum."
+    "All losses of one batch by the released log's names: `loss`, the weighted ones it sums, and each `_unscaled`."
     wanted = {}
     if batch.targets.masks is not None and isinstance(accelerator.unwrap_model(model), SegmentationDETR):
         wanted["keep"] = partial(criterion.matched_queries, targets=batch.targets)  # others have no loss
@@ -269,7 +258,9 @@ def batch_losses(
     if not aux_loss:
         predictions = predictions._replace(logits=predictions.logits[-1:], boxes=predictions.boxes[-1:])
     losses = criterion(predictions, batch.targets, divisors)
-    return _scaled_and_raw(criterion, losses, criterion.total(losses))
+    weighted = {name: value * criterion.weight(name) for name, value in losses.items() if criterion.weight(name)}
+    unscaled = {f"{name}_unscaled": value for name, value in losses.items()}
+    return {"loss": criterion.total(losses), **weighted, "class_error": losses["class_error"], **unscaled}
 
 # %% ../nbs/28_engine.ipynb #5d32a475
 def first_non_finite(
@@ -283,12 +274,11 @@ def first_non_finite(
         return "the images"
     losses, bad = {}, []
 
-    def watch(name: str, output: object) -> None:
+    def watch(name: str, module: nn.Module, inputs: object, output: object) -> None:
         if isinstance(output, Tensor) and output.is_floating_point() and not output.isfinite().all():
             bad.append(name)
 
-    hooks = [module.register_forward_hook(lambda module, inputs, output, name=name: watch(name, output))
-             for name, module in model.named_modules() if name]
+    hooks = [module.register_forward_hook(partial(watch, name)) for name, module in model.named_modules() if name]
     with suppress(FloatingPointError):  # which the matcher raises
         divisors = criterion.normalizers(batch.targets.counts, config.model.num_queries)  # of this process alone
         losses = batch_losses(model, criterion, accelerator, batch, divisors, config.loss.aux_loss)

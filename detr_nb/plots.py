@@ -230,7 +230,8 @@ def plot_log(run: Path | str) -> Figure:
     log, figure = read_log(run), Figure(figsize=(11, 3.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     _show_curves(left, log, ["train_loss", "test_loss"]).set_title("loss, weighted sum over all layers")
-    _show_curves(middle, log, ["train_loss_ce", "train_loss_bbox", "train_loss_giou"]).set_title("its terms, last layer")
+    terms = ["train_loss_ce", "train_loss_bbox", "train_loss_giou"]
+    _show_curves(middle, log, terms).set_title("its terms, last layer")
     _show_curves(right, log, ["AP", "AP50", "AP75"]).set_title("average precision on the validation images")
     right.set_ylim(0, 1)
     return figure
