@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
@@ -85,7 +84,7 @@ def _is_whole(path: Path, kind: str, decode: bool) -> bool:
 
 
 def look_at_image(path: Path, decode: bool = False) -> _Look:
-    "_Look at an image file: its first and last bytes, or with `decode` all of it."
+    "Look at an image file: its first and last bytes, or with `decode` all of it."
     try:
         with Image.open(path) as picture:  # reads the header only
             size, kind = picture.size[::-1], picture.format
@@ -98,7 +97,7 @@ def look_at_image(path: Path, decode: bool = False) -> _Look:
 
 # %% ../nbs/31_check.ipynb #da69519c
 def _look_at_images(folder: Path, names: Sequence[str], decode: bool, num_threads: int) -> list[_Look]:
-    "_Look at many image files at the same time, in their order."
+    "Look at many image files at the same time, in their order."
     with ThreadPoolExecutor(num_threads) as pool:
         looks = pool.map(lambda name: look_at_image(folder / name, decode), names)
         return list(tqdm(looks, total=len(names), desc=f"looking at {folder.name}", unit="image", leave=False))
@@ -254,13 +253,13 @@ def _write_report(splits: Sequence[_Checked]) -> str:
 # %% ../nbs/31_check.ipynb #a633f9a1
 def _draw_report(splits: Sequence[_Checked]) -> Figure:
     "The three distributions as a picture, the share of each split side by side."
-    fig, axes = plt.subplots(1, 3, figsize=(13, 4), width_ratios=(2, 2, 3), layout="constrained")
-    for ax, (title, columns) in zip(axes, _columns_of(splits).items()):
+    fig = Figure(figsize=(13, 4), layout="constrained")
+    for ax, (title, columns) in zip(fig.subplots(1, 3, width_ratios=(2, 2, 3)), _columns_of(splits).items()):
         names = list(dict.fromkeys(name for counts in columns.values() for name in counts))
         for shift, (split, counts) in zip((-0.2, 0.2), columns.items()):
             shares = np.array([counts.get(name, 0) for name in names]) / max(sum(counts.values()), 1)
             ax.bar(np.arange(len(names)) + shift, shares, width=0.4, label=split)
-        step = -(-len(names) // 40)  # more names than that would lie on each other
+        step = -(-len(names) // 24)  # more names than that would lie on each other
         ax.set_xticks(np.arange(len(names))[::step], names[::step], rotation=60, ha="right")
         ax.set(title=title, ylabel="share of its split")
         ax.legend()
@@ -274,7 +273,7 @@ def check_coco(
     num_threads: int = 4,
     picture: Path = Path("coco_check.png"),
 ) -> int:  # 0: safe to train on; 1: not
-    """_Look at everything in a data set that a training would stumble over, and say whether it is safe to start one.
+    """Look at everything in a data set that a training would stumble over, and say whether it is safe to start one.
 
     Args:
         root: the folder of the set, in one of the layouts that the training knows
@@ -283,13 +282,15 @@ def check_coco(
         num_threads: images looked at at the same time
         picture: where to draw the distributions
     """
+    if not root.is_dir():
+        raise DataError(f"no such folder: {root}")
     began = time.perf_counter()
     splits = [check_split(root, split, num_queries, decode, num_threads) for split in ("train", "val")]
     splits.append(_Checked("both", None, _compare_splits(*splits)))
     seconds = time.perf_counter() - began
     images = sum(len(split.dataset) for split in splits if split.dataset)
+    picture.parent.mkdir(parents=True, exist_ok=True)
     _draw_report(splits).savefig(picture)
-    plt.close()
     stops = sum(finding.severity == "stop" for split in splits for finding in split.findings)
     verdict = f"not safe to train on, see STOP above ({stops})" if stops else "safe to train on"
     speed = f"{images:,} images in {seconds:.1f} s ({1000 * seconds / max(images, 1):.2f} s per thousand)"
