@@ -28,34 +28,18 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .batching import Batch
-from detr_nb.checkpoints import (
-    CHECKPOINT,
-    PREVIOUS,
-    CheckpointError,
-    load_checkpoint,
-    newest_checkpoint,
-    save_checkpoint,
-    settings_changed,
-)
+from .checkpoints import (CHECKPOINT, PREVIOUS, CheckpointError, load_checkpoint, newest_checkpoint,
+                                 save_checkpoint, settings_changed)
 from .config import PRESETS, Config, code_version
 from .convert import architecture, known_architecture
 from .criterion import SetCriterion
 from .detr import DETR
-from detr_nb.distributed import (
-    Process,
-    UserError,
-    barrier,
-    gather_objects,
-    get_logger,
-    is_main,
-    reduce_mean,
-    reduce_sum,
-)
+from .distributed import (Process, UserError, barrier, gather_objects, get_logger, is_main, reduce_mean,
+                                 reduce_sum)
 from .engine import Averages, preprocessing
 from .seeding import capture_generators, restore_generators
 from .segmentation import SegmentationDETR
 
-# %% ../nbs/29_runs.ipynb #b8ef2765
 logger = get_logger(__name__)
 BACKBONE = "backbone.pth"  # what the backbone has learned alone, and where it stands
 LOGS = ("log.txt", "steps.jsonl")
@@ -78,11 +62,8 @@ def open_run(
     patience_s: float = 60.0,  # to wait for a run that is about to end
 ) -> tuple[Path, FileLock]:
     "The folder of this run, equal on all processes, and its lock. Raises `UserError` where another run goes on in it."
-    if config.run.output_dir or config.run.resume:
-        folder = Path(config.run.output_dir or Path(config.run.resume).parent)
-    else:
-        folder = next(dropwhile(_holds_run, _run_folders(config)))
-    folder = Path(gather_objects(str(folder))[0])
+    named = config.run.output_dir or config.run.resume and Path(config.run.resume).parent
+    folder = Path(gather_objects(str(named or next(dropwhile(_holds_run, _run_folders(config)))))[0])
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.resolve() / ".lock", is_singleton=True)
     if is_main() and not config.run.eval:
@@ -93,8 +74,7 @@ def open_run(
                 logger.warning("%s belongs to a run that is going on: waiting %g s for its end", folder, patience_s)
                 lock.acquire(timeout=patience_s)
         except Timeout:
-            text = f"{folder} belongs to a run that is going on: end that one, or give another --output_dir"
-            raise UserError(text) from None
+            raise UserError(f"{folder} belongs to a run that is going on: end it or use another --output_dir") from None
         except NotImplementedError:
             logger.warning("%s is on a disk without locks: nothing keeps a second run out of it", folder)
         goes_on = config.run.resume and Path(config.run.resume).parent.resolve() == folder.resolve()
@@ -123,23 +103,18 @@ def ask_checkpoint(told: Config) -> dict[str, Any]:
     if resume := _find_checkpoint(told):
         saved = {name: value for name, value in load_checkpoint(resume)["config"].items() if name in known}
         return saved | {"resume": resume, "output_dir": "", "eval": False, "verbose": False}
-    if source := run.finetune or run.frozen_weights:
-        model = known_architecture(source)
-        settings = {name: value for name, value in model.items() if name in known}
-        return settings | {"backbone_norm": model["norm"], "pretrain_epochs": 0}
-    return {}
+    if not (source := run.finetune or run.frozen_weights):
+        return {}
+    model = known_architecture(source) | {"pretrain_epochs": 0}
+    return {name: value for name, value in model.items() if name in known} | {"backbone_norm": model["norm"]}
 
 
 def _find_checkpoint(told: Config) -> str:
     "The checkpoint to resume, empty for none; `auto` looks into the run's folder."
     if told.run.resume != "auto":
         return told.run.resume
-    if told.run.output_dir:
-        folder = Path(told.run.output_dir)
-    else:
-        folder = next(iter(list(takewhile(_holds_run, _run_folders(told)))[-1:]), Path("runs"))
-    alone = folder / BACKBONE
-    return str(newest_checkpoint(folder) or (alone if alone.exists() else ""))
+    folder = Path(told.run.output_dir or [Path("runs"), *takewhile(_holds_run, _run_folders(told))][-1])
+    return str(newest_checkpoint(folder) or next(folder.glob(BACKBONE), ""))
 
 # %% ../nbs/29_runs.ipynb #bad2da1f
 @dataclass
@@ -204,9 +179,8 @@ def steps_of_epoch(run: Run) -> Iterator[list[Batch]]:
     name, done = f"{run.checkpoint}: epoch {run.epoch}", run.batch // run.accumulate
     bar = tqdm(total=run.steps_per_epoch, initial=done, desc=name, unit="step", leave=False, disable=hidden)
     batches = iter(run.train_loader)
-    for number, step in enumerate(iter(lambda: list(islice(batches, run.accumulate)), [])):
-        if config.fast_dev_run and number == 2:
-            break
+    steps = iter(lambda: list(islice(batches, run.accumulate)), [])
+    for step in islice(steps, 2 if config.fast_dev_run else None):
         began = time.perf_counter()
         yield [batch.to(run.process.device) for batch in step]
         run.batch, run.step = run.batch + len(step), run.step + 1
@@ -250,14 +224,17 @@ def _append(run: Run, name: str, line: dict) -> None:
 # %% ../nbs/29_runs.ipynb #1fe74db0
 def save(run: Run, name: str = "") -> None:
     "Write everything the run needs to go on; all processes call it, the first writes. Raises `CheckpointError`."
-    name, scaler = name or run.checkpoint, run.accelerator.scaler
+    name, scaler, dataset = name or run.checkpoint, run.accelerator.scaler, run.train_loader.dataset
     own = {"generators": capture_generators(), "averages": run.averages.state_dict(), "recent": list(run.recent)}
+    classes = {"ids": [int(i) for i in dataset.categories.ids], "names": list(dataset.categories.names)}
+    if getattr(dataset, "is_thing", None) is not None:  # of a panoptic set
+        classes["is_thing"] = dataset.is_thing.tolist()
     state = {
         "format": "detr_nb", "version": 1, "epoch": run.epoch, "batch": run.batch, "step": run.step,
         "images_per_batch": run.images_per_batch, "best_ap": run.best_ap, "config": run.config.flat(),
         "scaler": scaler.state_dict() if scaler else None, "processes": gather_objects(own), **_learned(run),
         "logs": {log: (run.folder / log).stat().st_size for log in LOGS if (run.folder / log).exists()},
-        "classes": _classes_of(run.train_loader.dataset), "code_version": code_version(),
+        "classes": classes, "code_version": code_version(),
     }  # fmt: skip
     if run.process.is_main:
         if isinstance(run.bare_model, DETR | SegmentationDETR):
@@ -282,13 +259,6 @@ def _learned(run: Run) -> dict:
     options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, optimizer = sharded.get_state_dict(run.model, run.optimizer.optimizer, options=options)
     return {"model": weights, "optimizer": optimizer}
-
-
-def _classes_of(dataset) -> dict[str, list]:
-    "Ids and names of the classes, and of a panoptic set which of them are things."
-    table = {"ids": [int(i) for i in dataset.categories.ids], "names": list(dataset.categories.names)}
-    is_thing = getattr(dataset, "is_thing", None)
-    return table if is_thing is None else table | {"is_thing": is_thing.tolist()}
 
 # %% ../nbs/29_runs.ipynb #a32a5706
 def resume(run: Run, name: str) -> None:
@@ -355,8 +325,7 @@ def _go_on(run: Run, state: dict, path: Path) -> None:
 # %% ../nbs/29_runs.ipynb #fb854483
 _REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 SIGNALS: list[int] = []  # those that came
-_LAUNCHED = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()  # by torchrun, by accelerate
-_LAUNCHER = os.getppid() if _LAUNCHED else None
+_LAUNCHER = os.getppid() if {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys() else None
 
 
 @contextmanager

@@ -8,16 +8,14 @@ import sys
 
 from .config import Config, describe, read_command_line, write_config
 
-# %% ../nbs/33_train.ipynb #4e5e56b3
 if __name__ == "__main__" and __package__ == "detr_nb" and {"-h", "--help"} & set(sys.argv):
     read_command_line(sys.argv[1:])
 
-# %% ../nbs/33_train.ipynb #4fec3b5d
+# %% ../nbs/33_train.ipynb #4e5e56b3
 import json
 import logging
 import time
 import warnings
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,50 +29,19 @@ from .batching import Batch, CachedDataset, collate, make_loader
 from .check import quick_check
 from .coco import CocoDataset, open_coco
 from .detr import DETR
-from detr_nb.distributed import (
-    Process,
-    UserError,
-    barrier,
-    gather_objects,
-    get_logger,
-    set_threads,
-    stage,
-    start,
-    stop,
-    user_errors,
-)
+from .distributed import (Process, UserError, barrier, gather_objects, get_logger, set_threads, stage, start,
+                                 stop, user_errors)
 from .drawing import draw_predictions
-from detr_nb.engine import (
-    NotFinite,
-    build_criterion,
-    build_model,
-    build_optimizer,
-    choose_transform,
-    first_non_finite,
-    rate_factor,
-    set_rates,
-    train_step,
-)
+from .engine import (NotFinite, build_criterion, build_model, build_optimizer, choose_transform,
+                            first_non_finite, rate_factor, set_rates, train_step)
 from .evaluation import CocoEvaluator, evaluate, evaluation_mode
 from .panoptic import PanopticEvaluator, PanopticWriter
 from .panoptic_data import open_panoptic
 from .plots import plot_log
 from .pretrain import pretrain_backbone
 from .pretrained import transfer_weights
-from detr_nb.runs import (
-    BACKBONE,
-    Run,
-    ask_checkpoint,
-    end_if_asked,
-    listening,
-    log_epoch,
-    log_step,
-    open_run,
-    resume,
-    save_or_warn,
-    steps_of_epoch,
-    until_asked,
-)
+from .runs import (BACKBONE, Run, ask_checkpoint, end_if_asked, listening, log_epoch, log_step, open_run, resume,
+                          save_or_warn, steps_of_epoch, until_asked)
 from .seeding import seed_everything
 from .segmentation import MaskEvaluator, SegmentationDETR
 from .shapes_set import write_shapes
@@ -121,13 +88,12 @@ def _open_split(config: Config, split: str) -> CocoDataset:
 
 def _build_loaders(config: Config, process: Process, train: CocoDataset, val: CocoDataset) -> list[DataLoader]:
     "The loaders of this process's share of both sets; small sets are kept decoded."
-    settings, loaders = dict(seed=config.run.seed, num_workers=config.run.num_workers), []
-    keep = config.run.num_workers == 0 and config.embedded or config.data.overfit
-    for dataset, order in ((train, dict(shuffle=True, group_by_shape=config.optimizer.group_by_shape)),
-                           (val, dict(shuffle=False))):
-        loaders.append(make_loader(CachedDataset(dataset) if keep else dataset, config.optimizer.batch_size,
-                                   rank=process.rank, world_size=process.world_size, **order, **settings))
-    return loaders
+    if config.run.num_workers == 0 and config.embedded or config.data.overfit:
+        train, val = CachedDataset(train), CachedDataset(val)
+    own = dict(batch_size=config.optimizer.batch_size, rank=process.rank, world_size=process.world_size,
+               seed=config.run.seed, num_workers=config.run.num_workers)
+    return [make_loader(train, shuffle=True, group_by_shape=config.optimizer.group_by_shape, **own),
+            make_loader(val, shuffle=False, **own)]
 
 # %% ../nbs/33_train.ipynb #1e6914c4
 def check_settings(config: Config) -> None:
@@ -173,16 +139,14 @@ def _prepare(config: Config) -> Run:
     seed_everything(config.run.seed)  # the same weights on all processes
     with stage("building the model"):
         model = build_model(config, train.categories.num_classes)
-        if not config.run.resume:
-            _start_from_weights(model, config, train.categories.names)
+        _start_from_weights(model, config, train)
         model = model.to(process.device)
     optimizer = build_optimizer(model, config)
     seed_everything(config.run.seed, process.rank)  # dropout of its own on each
     model, optimizer = accelerator.prepare(model, optimizer)
-    criterion = build_criterion(config, train.categories.num_classes)
-    run = Run(config, process, accelerator, folder, lock, model, criterion, optimizer,
-              *_build_loaders(config, process, train, val), accumulate=config.optimizer.accumulate,
-              epoch=config.run.start_epoch)
+    loaders = _build_loaders(config, process, train, val)
+    run = Run(config, process, accelerator, folder, lock, model, build_criterion(config, train.categories.num_classes),
+              optimizer, *loaders, accumulate=config.optimizer.accumulate, epoch=config.run.start_epoch)
     accelerator.init_trackers("detr_nb" if config.run.report_to == "wandb" else config.run.report_to, config.flat())
     if config.run.resume and Path(config.run.resume).name != BACKBONE:
         with stage(f"resuming {config.run.resume}"):
@@ -193,13 +157,9 @@ def _prepare(config: Config) -> Run:
 def _build_accelerator(config: Config, process: Process, folder: Path) -> Accelerator:
     "What wraps model and optimizer for several processes and for half precision, and writes to TensorBoard."
     torch.autograd.set_detect_anomaly(config.run.detect_anomaly)
-    accelerator = Accelerator(
-        cpu=process.device.type == "cpu",
-        mixed_precision=config.optimizer.mixed_precision,
-        step_scheduler_with_optimizer=False,
-        log_with=None if config.run.report_to == "none" else config.run.report_to,
-        project_dir=folder,
-    )
+    log_with = None if config.run.report_to == "none" else config.run.report_to
+    accelerator = Accelerator(cpu=process.device.type == "cpu", mixed_precision=config.optimizer.mixed_precision,
+                              step_scheduler_with_optimizer=False, log_with=log_with, project_dir=folder)
     sharded = accelerator.distributed_type.value == "FSDP"
     if sharded and (config.optimizer.optimizer != "adamw" or config.model.pretrain_epochs):
         raise UserError("FSDP cuts matrices up: use --optimizer adamw --pretrain_epochs 0, or no FSDP")
@@ -213,20 +173,19 @@ def _warn_of_data(config: Config, train: CocoDataset, val: CocoDataset) -> None:
     for dataset in (train,) if config.data.overfit else (train, val):
         for text in quick_check(dataset, config.model.num_queries):
             logger.warning(text)
-    run = config.run
-    given = run.finetune or run.frozen_weights or run.resume or config.embedded or config.data.overfit
-    if not given and len(train) < 10_000:
+    given = config.run.finetune or config.run.frozen_weights or config.run.resume
+    if not (given or config.embedded or config.data.overfit) and len(train) < 10_000:
         logger.warning("training from scratch on %d images: DETR needs tens of thousands, and AP will stay near zero; "
                        "start from a trained one with --finetune", len(train))
 
 
-def _start_from_weights(model: DETR | SegmentationDETR, config: Config, names: Sequence[str]) -> None:
+def _start_from_weights(model: DETR | SegmentationDETR, config: Config, train: CocoDataset) -> None:
     "What `--finetune` and `--frozen_weights` ask for; raises `UserError` when frozen weights do not fit whole."
     frozen, source = config.run.frozen_weights, config.run.finetune or config.run.frozen_weights
-    if not source:
+    if not source or config.run.resume:
         return
     keep = config.run.keep_classes or bool(frozen)
-    report = transfer_weights(model.detr if config.model.masks else model, source, names, keep)
+    report = transfer_weights(model.detr if config.model.masks else model, source, train.categories.names, keep)
     logger.info("%s %s: %s", "--frozen_weights" if frozen else "--finetune", source, report)
     if frozen and (report.fresh or any("anew" in rows for rows in report.partly.values())):
         raise UserError(f"--frozen_weights {source} has no detector for this data set and these settings: what is "
@@ -236,9 +195,8 @@ def _start_from_weights(model: DETR | SegmentationDETR, config: Config, names: S
 def _report_non_finite(run: Run, batches: list[Batch], rates: list[float], error: FloatingPointError) -> NotFinite:
     "Write `not_finite-RANK.json`, and return the error with which the run stops."
     parts = run.bare_model, run.criterion, run.accelerator
-    culprits = {i: culprit for i, batch in enumerate(batches)
-                if (culprit := first_non_finite(*parts, batch, run.config))}
-    number, culprit = next(iter(culprits.items()), (0, "nothing when the step is taken again in this process"))
+    found = ((i, first) for i, batch in enumerate(batches) if (first := first_non_finite(*parts, batch, run.config)))
+    number, culprit = next(found, (0, "nothing when the step is taken again in this process"))
     targets = batches[number].targets
     report = {
         "error": str(error), "first_not_finite": culprit, "epoch": run.epoch, "step": run.step, "learning_rates": rates,
@@ -247,12 +205,10 @@ def _report_non_finite(run: Run, batches: list[Batch], rates: list[float], error
     }  # fmt: skip
     path = run.folder / f"not_finite-{run.process.rank}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
-    return NotFinite(
-        f"{error} (epoch {run.epoch}, step {run.step}, image ids {report['image_ids']}). The first that is not finite: "
-        f"{culprit}. Learning rates {rates}, last losses {[round(loss, 4) for loss in report['last_losses'][-5:]]}; "
-        f"more in {path}. Look at these images, lower --lr, use --mixed_precision no, or --detect_anomaly to see the "
-        "operation"
-    )
+    return NotFinite(f"{error} (epoch {run.epoch}, step {run.step}, image ids {report['image_ids']}). The first that "
+                     f"is not finite: {culprit}. Learning rates {rates}, last losses "
+                     f"{[round(loss, 4) for loss in report['last_losses'][-5:]]}; more in {path}. Look at these "
+                     "images, lower --lr, use --mixed_precision no, or --detect_anomaly to see the operation")
 
 # %% ../nbs/33_train.ipynb #4deb63f5
 def train(config: Config) -> Path:
@@ -285,8 +241,8 @@ def train(config: Config) -> Path:
             if ends or (run.epoch + 1) % config.run.eval_every == 0:
                 save_or_warn(run)  # who is killed in the evaluation need not train again
                 tested = _evaluate_run(run, report=ends)
-            best = _main_score(tested) if tested else -1.0
-            is_best, run.best_ap = best > run.best_ap, max(best, run.best_ap)
+            score = _main_score(tested)
+            is_best, run.best_ap = score > run.best_ap, max(score, run.best_ap)
             log_epoch(run, trained, tested)
             logger.info("epoch %d: loss %.3f, class error %.1f %%%s, %.0f s", run.epoch, trained["loss"],
                         trained["class_error"], _describe_scores(tested), time.time() - began)
@@ -297,32 +253,24 @@ def train(config: Config) -> Path:
             if tested or not config.data.overfit:  # an epoch of a few images is over in a moment
                 save_or_warn(run)
             end_if_asked(run)
-    try:
-        _draw_run(run)
-    except OSError as error:  # a full disk takes no trained model away
-        logger.error("the pictures of the run could not be written: %s", error)
+    _draw_run(run)
     run.accelerator.end_training()
     run.lock.release(force=True)
     return run.folder
 
 # %% ../nbs/33_train.ipynb #febb83d1
-def _evaluate_run(
-    run: Run,
-    report: bool = False,  # also write what was found, and say how each class fares
-) -> dict:
+def _evaluate_run(run: Run, report: bool = False) -> dict:  # report: write what was found, say how each class fares
     "Losses and COCO metrics on the validation images; numbers under the names of the released log."
     config, loader, process = run.config, run.val_loader, run.process
     if config.run.fast_dev_run:
         few = _first_images(loader.dataset, config.optimizer.batch_size)
         loader = make_loader(few, config.optimizer.batch_size, process.rank, process.world_size, shuffle=False)
     dataset = loader.dataset
-    if not config.model.masks:
-        evaluator = CocoEvaluator(dataset)
-    elif not config.panoptic:
-        evaluator = MaskEvaluator(dataset)
-    else:
+    if config.model.masks and config.panoptic:
         writer = PanopticWriter(run.folder / "panoptic", dataset) if report else None
         evaluator = PanopticEvaluator(dataset, config.model.panoptic_threshold, writer)
+    else:
+        evaluator = (MaskEvaluator if config.model.masks else CocoEvaluator)(dataset)
     batches = loader if config.run.eval else until_asked(run, loader)
     tested = evaluate(_whole_model(run), batches, evaluator, process.device, run.criterion)
     if report:
@@ -350,33 +298,33 @@ def _main_score(tested: dict) -> float:
     "What decides which checkpoint is the best: panoptic quality, else the AP of masks, else that of boxes."
     if "PQ_all" in tested:
         return tested["PQ_all"]["pq"] / 100
-    return tested.get("coco_eval_masks", tested["coco_eval_bbox"])[0]
+    return (tested.get("coco_eval_masks") or tested.get("coco_eval_bbox") or [-1.0])[0]  # -1: not evaluated
 
 
 def _describe_scores(tested: dict) -> str:
     "The numbers of an evaluation that one wants to see at once; empty for none."
-    if not tested:
-        return ""
-    text = f", AP {tested['coco_eval_bbox'][0]:.3f}, AP50 {tested['coco_eval_bbox'][1]:.3f}"
-    if "coco_eval_masks" in tested:
-        text += f", of masks {tested['coco_eval_masks'][0]:.3f} and {tested['coco_eval_masks'][1]:.3f}"
-    return text + (f", PQ {tested['PQ_all']['pq']:.1f}" if "PQ_all" in tested else "")
+    boxes, masks, panoptic = (tested.get(name) for name in ("coco_eval_bbox", "coco_eval_masks", "PQ_all"))
+    text = f", AP {boxes[0]:.3f}, AP50 {boxes[1]:.3f}" if boxes else ""
+    text += f", of masks {masks[0]:.3f} and {masks[1]:.3f}" if masks else ""
+    return text + (f", PQ {panoptic['pq']:.1f}" if panoptic else "")
 
 
-def _draw_run(run: Run, images: int = 8) -> None:
-    "Write `curves.png` and `predictions.png`."
-    model, dataset = _whole_model(run), run.val_loader.dataset
+def _draw_run(run: Run) -> None:
+    "Write `curves.png`, and `predictions.png` of eight images."
+    model, dataset, config = _whole_model(run), run.val_loader.dataset, run.config
     if not run.process.is_main:
         return
-    plot_log(run.folder).savefig(run.folder / "curves.png", dpi=120)
-    batch = collate([dataset[(0, index)] for index in range(min(images, len(dataset)))]).to(run.process.device)
-    with evaluation_mode(model):
-        predictions = model(batch.images, batch.padding)
-    is_thing = dataset.is_thing if run.config.panoptic else None
-    threshold = run.config.model.panoptic_threshold if run.config.panoptic else 0.5
-    sheet = draw_predictions(predictions, batch, dataset.categories.names, is_thing, threshold)
-    sheet.save(run.folder / "predictions.png")
-    logger.info("wrote %s", ", ".join(sorted(path.name for path in run.folder.glob("[!.]*"))))
+    try:
+        plot_log(run.folder).savefig(run.folder / "curves.png", dpi=120)
+        batch = collate([dataset[(0, index)] for index in range(min(8, len(dataset)))]).to(run.process.device)
+        with evaluation_mode(model):
+            predictions = model(batch.images, batch.padding)
+        is_thing, threshold = (dataset.is_thing, config.model.panoptic_threshold) if config.panoptic else (None, 0.5)
+        sheet = draw_predictions(predictions, batch, dataset.categories.names, is_thing, threshold)
+        sheet.save(run.folder / "predictions.png")
+        logger.info("wrote %s", ", ".join(sorted(path.name for path in run.folder.glob("[!.]*"))))
+    except OSError as error:  # a full disk takes no trained model away
+        logger.error("the pictures of the run could not be written: %s", error)
 
 # %% ../nbs/33_train.ipynb #1c1a8678
 @record
@@ -387,7 +335,13 @@ def main(argv: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1x1 convolutions, where any stride is right
     try:
         with user_errors(verbose="--verbose" in argv):
-            config, preset = _read(argv)
+            try:
+                config, preset = read_command_line(argv, ask_checkpoint)
+                check_settings(config)
+            except (UserError, SystemExit) as error:
+                if getattr(error, "code", 1):  # not after --help
+                    start()  # what is wrong is said once, when all processes are together
+                raise
             logger.info(describe(config, preset))
             if not config.run.eval:
                 train(config)
@@ -402,18 +356,6 @@ def main(argv: list[str] | None = None) -> None:
         stop()
 
 
-def _read(argv: list[str]) -> tuple[Config, str]:
-    "The command line; what is wrong with it is said when all processes are together, once."
-    try:
-        config, preset = read_command_line(argv, ask_checkpoint)
-        check_settings(config)
-        return config, preset
-    except (UserError, SystemExit) as error:
-        if not isinstance(error, SystemExit) or error.code:
-            start()
-        raise
-
-# %% ../nbs/33_train.ipynb #44c46d9d
 class _CallableModule(type(sys)):
     "`detr_nb.train` is this module, and `detr_nb.train(config)` trains."
 
@@ -424,6 +366,5 @@ class _CallableModule(type(sys)):
 if __name__ == "detr_nb.train":
     sys.modules[__name__].__class__ = _CallableModule
 
-# %% ../nbs/33_train.ipynb #4b0fad92
 if __name__ == "__main__" and __package__ == "detr_nb":  # the second half keeps the notebook from starting a training
     main()
