@@ -5,6 +5,7 @@
 Post-processing: 100 queries, masks of 120 x 160, an image of 480 x 640. `noise` is the worst case: no two neighbouring
 pixels agree. Quality: 100 images of 480 x 640 with about 20 segments, the PNGs of the truth read from the disk.
 """
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image
 
 from detr_nb.panoptic import PanopticQuality, panoptic_segments
 from detr_nb.panoptic_data import PanopticDataset, Segments
-from detr_nb.shapes_set import dump, ids_to_rgb
+from detr_nb.shapes_set import ids_to_rgb
 
 HEIGHT, WIDTH, NUM_CLASSES, NUM_THINGS, NUM_IMAGES = 480, 640, 133, 80, 100
 
@@ -70,7 +71,8 @@ def write_set(root: Path) -> list[Segments]:
         results.append(Segments(pixels, torch.from_numpy(present), labels, areas, is_thing, marks < 0, marks))
     images = [{"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH} for i in range(1, NUM_IMAGES + 1)]
     categories = [{"id": i, "name": str(i), "isthing": int(i < NUM_THINGS)} for i in range(NUM_CLASSES)]
-    dump({"images": images, "annotations": entries, "categories": categories}, root / "panoptic.json")
+    content = {"images": images, "annotations": entries, "categories": categories}
+    (root / "panoptic.json").write_text(json.dumps(content))
     return results
 
 

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'denormalize', 'pad_images', 'Targets', 'pack_targets', 'Batch', 'one_thread',
-           'collate', 'epoch_order', 'EpochSampler', 'make_loader', 'CachedDataset']
+           'collate', 'EpochSampler', 'make_loader', 'CachedDataset']
 
 # %% ../nbs/09_batching.ipynb #ae8def9f
 import signal
@@ -179,7 +179,7 @@ def _process_share(
     return batch[start : start + size + (rank < rest)]
 
 # %% ../nbs/09_batching.ipynb #5d72e95c
-def epoch_order(
+def _epoch_order(
     size: int,  # samples in the data set
     global_size: int,  # of a batch of all processes
     rng: np.random.Generator | None,  # None: as on disk
@@ -224,7 +224,7 @@ class EpochSampler(Sampler):
         "The epoch's sample indices, the same on every process."
         global_size = self.batch_size * self.world_size
         rng = _epoch_rng(self.seed, self.epoch) if self.shuffle else None
-        order = epoch_order(self.size, global_size, rng, self.drop_last, self.aspects)
+        order = _epoch_order(self.size, global_size, rng, self.drop_last, self.aspects)
         return np.resize(order, self.world_size) if self.drop_last and self.size < self.world_size else order
 
     def batches(self) -> list[np.ndarray]:

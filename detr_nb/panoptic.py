@@ -4,6 +4,7 @@
 __all__ = ['panoptic_segments', 'judge', 'PanopticQuality', 'segment_entries', 'PanopticWriter', 'PanopticEvaluator']
 
 # %% ../nbs/19_panoptic.ipynb #790422aa
+import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from detr_nb.distributed import UserError, barrier, gather_objects, get_logger, 
 from detr_nb.panoptic_data import PanopticDataset, Segments
 from detr_nb.segmentation import MaskDetections, MaskEvaluator
 from detr_nb.shapes import boxes_around
-from detr_nb.shapes_set import dump, ids_to_rgb
+from detr_nb.shapes_set import ids_to_rgb
 
 # %% ../nbs/19_panoptic.ipynb #b5988135
 def _row_weights(
@@ -330,7 +331,7 @@ class PanopticWriter:
         path = self.folder / f"{self.name}.json"
         if is_main():
             lists = _result_lists(self.dataset, entries)
-            dump({**lists, "annotations": [entries[i] for i in sorted(entries)]}, path)
+            path.write_text(json.dumps({**lists, "annotations": [entries[i] for i in sorted(entries)]}))
         barrier()
         return path
 

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['CATEGORIES', 'STUFF', 'MIN_VISIBLE', 'SIZES', 'Scene', 'disc', 'ring', 'rectangle', 'triangle', 'cross', 'star',
-           'smooth_noise', 'texture', 'window', 'draw_scene', 'boxes_around']
+           'smooth_noise', 'texture', 'draw_scene', 'boxes_around']
 
 # %% ../nbs/04_shapes.ipynb #691f9304
 from typing import NamedTuple
@@ -180,7 +180,7 @@ def _draw_ground(stuff: Int[np.ndarray, "H W"], rng: np.random.Generator) -> Flo
 _Window = tuple[slice, slice]
 
 
-def window(pose: _Pose, height: int, width: int) -> _Window:
+def _window(pose: _Pose, height: int, width: int) -> _Window:
     "The rows and columns of the image that the shape can touch."
     reach = pose.radius + 2
     top, left = max(0, int(pose.y - reach)), max(0, int(pose.x - reach))
@@ -275,7 +275,7 @@ class _Canvas:
 
     def outline(self, label: int, pose: _Pose) -> tuple[_Window, Float[np.ndarray, "h w"]]:
         "The window of a shape and the distances in it."
-        area = window(pose, *self.owner.shape)
+        area = _window(pose, *self.owner.shape)
         ys, xs = np.ogrid[area]
         name = list(CATEGORIES.values())[label]
         return area, _signed_distance(name, pose, (xs + 0.5).astype(np.float32), (ys + 0.5).astype(np.float32))
