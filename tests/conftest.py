@@ -11,12 +11,14 @@ settings.register_profile("repeatable", derandomize=True, database=None, deadlin
 settings.load_profile("repeatable")
 
 # what another machine's instructions, threads, workers or older libraries could change: `make test-machines`
+LONG = ["test_train", "test_resume", "test_parity", "test_export", "test_distributed"]  # the workers begin with these
 SENSITIVE = {"test_parity", "test_parity_masks", "test_parity_transforms", "test_evaluation", "test_batching"}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    "Mark what `make test-machines` runs."
+    "Mark what `make test-machines` runs, and put the files first that take longest."
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     for item in items:
         if item.path.stem in SENSITIVE or "two_processes" in item.name:
             item.add_marker(pytest.mark.machines)

@@ -108,8 +108,8 @@ def test_code_has_at_most_120_columns():
 
 def test_a_cell_has_at_most_45_lines_of_code_but_for_the_model():
     def check(path):
-        sources = [cell["source"] for cell in cells_of(path, "code")]
-        counts = [len(code_lines(source)) for source in sources if not re.search(r"^class DETR\b", source, re.MULTILINE)]
+        sources = [cell["source"] for cell in cells_of(path, "code") if "\nclass DETR(" not in cell["source"]]
+        counts = [len(code_lines(source)) for source in sources]
         return [f"a cell of {count} lines" for count in counts if count > 45]
 
     assert not faults(check, CHAPTERS)
