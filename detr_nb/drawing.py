@@ -128,8 +128,8 @@ def find_font(
         return path
     if not _asked:
         _asked.append(text)
-        _logger.warning("no font here has all letters of %r: install one (Noto Sans CJK for Chinese, Japanese, Korean), "
-                        "or name a font file with --font", text)
+        _logger.warning("no font here has all letters of %r: install one (Noto Sans CJK for Chinese, Japanese and "
+                        "Korean), or name a font file with --font", text)
     return near[1]
 
 # %% ../nbs/23_drawing.ipynb #eaab174f

@@ -315,8 +315,8 @@ def _go_on(run: Run, state: dict, path: Path) -> None:
     if before != (run.images_per_batch, run.config.optimizer.accumulate):
         run.batch = run.batch * state["images_per_batch"] // run.images_per_batch  # where as many images are done
         run.step = run.epoch * run.steps_per_epoch + run.batch // run.accumulate
-        _logger.warning("batches of %d images were saved, they have %d now: going on at batch %d of epoch %d as step %d",
-                        state["images_per_batch"], run.images_per_batch, run.batch, run.epoch, run.step)
+        _logger.warning("batches of %d images were saved, they have %d now: going on at batch %d of epoch %d as step "
+                        "%d", state["images_per_batch"], run.images_per_batch, run.batch, run.epoch, run.step)
     _logger.info("resumed %s: going on at batch %d of epoch %d", path, run.batch, run.epoch)
     if run.process.is_main and run.folder.resolve() == path.parent.resolve():
         for log in filter(lambda log: (run.folder / log).exists(), LOGS):  # what was written since is written again
