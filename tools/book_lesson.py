@@ -1,5 +1,6 @@
 "A DETR that has learned two drawn scenes by heart, for pages that need one and have no run at hand."
 import hashlib
+import shutil
 from pathlib import Path
 
 import torch
@@ -35,6 +36,8 @@ def learn_two_scenes() -> Path:
     with FileLock(run / ".lock"):
         if not (run / "best.pth").exists():
             _learn(run / "best.pth")
+            for older in set(run.parent.iterdir()) - {run}:
+                shutil.rmtree(older)
     return run
 
 
