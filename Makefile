@@ -54,13 +54,13 @@ test: env ## run every chapter's cells as tests, then tests/
 	echo "make: running the chapters, $(WORKERS) at a time"; \
 	$(RUN_TESTS) nbdev_test --n_workers $(WORKERS) --timing; \
 	echo "make: running tests/"; \
-	$(RUN_TESTS) pytest -n $(WORKERS) --dist loadfile; \
+	$(RUN_TESTS) pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder; \
 	echo "make: all chapters and tests passed in $$(( SECONDS - start )) s"
 
 test-slow: env $(RUNS) ## run the slow tests and the slow cells of the chapters as well; first trains what they read
 	@start=$$SECONDS; \
 	$(RUN_TESTS) nbdev_test --n_workers $(WORKERS) --timing --flags slow; \
-	$(RUN_TESTS) pytest -m "not book" -n $(WORKERS) --dist loadfile; \
+	$(RUN_TESTS) pytest -m "not book" -n $(WORKERS) --dist loadfile --no-loadscope-reorder; \
 	echo "make: all chapters and tests, slow ones too, passed in $$(( SECONDS - start )) s"
 
 test-machines: env ## run what another machine could fail, in settings like those; SETTING=default runs one of them
