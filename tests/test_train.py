@@ -276,10 +276,10 @@ def test_a_model_that_fsdp_has_cut_up_is_saved_whole_and_resumed(tmp_path):
         assert all(torch.equal(x, second["optimizer"]["state"][name][key]) for key, x in state.items())
 
 
-def test_the_threads_are_those_that_were_asked_for(shapes, tmp_path):
-    alone = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "detr_nb.train"]
-    arguments = ["--shapes_path", shapes, "--output_dir", tmp_path, "--fast_dev_run", *SMALL, "--num_threads", 3]
-    assert ", 3 threads" in launch(*arguments, launcher=alone).stdout
+def test_the_threads_are_those_that_were_asked_for(shapes, tmp_path, here):
+    few = ["--fast_dev_run", "--pretrain_epochs", 0, "--num_threads", 3]
+    here("--shapes_path", shapes, "--output_dir", tmp_path, *SMALL, *few)
+    assert ", 3 threads" in here.said
 
 
 def test_help_is_there_at_once_and_grouped():
@@ -393,5 +393,6 @@ def test_rank_zero_alone_says_what_was_left_out(shapes, tmp_path):
     content["annotations"][0]["bbox"][2] = 0
     path.write_text(json.dumps(content))
     arguments = ["--shapes_path", root, "--output_dir", tmp_path / "run", *SMALL, "--fast_dev_run"]
+    arguments += ["--pretrain_epochs", 0]
     result = launch(*arguments, launcher=TORCHRUN)
     assert (result.stdout + result.stderr).count("skipped 1 of") == 1
