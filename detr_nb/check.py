@@ -88,7 +88,7 @@ def look_at_image(path: Path, decode: bool = False) -> _Look:
     try:
         with Image.open(path) as picture:  # reads the header only
             size, kind = picture.size[::-1], picture.format
-            rotated = picture.getexif().get(_ORIENTATION, 1) not in (0, 1)
+            rotated = picture.getexif().get(_ORIENTATION, 1) in range(2, 9)
     except FileNotFoundError:
         return _Look("missing")
     except Exception:  # PIL raises a dozen kinds for broken files

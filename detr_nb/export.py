@@ -163,14 +163,11 @@ def check_onnx(
 class _ExportSettings:
     "Write a trained detector as an ONNX file, and check the file against the model."
 
+    # a run's folder, a checkpoint's file, its URL, a name such as detr_resnet50, or a folder of transformers
     weights: str
-    "a run's folder, a checkpoint's file, its URL, a name such as detr_resnet50, or a folder of transformers"
-    output: Path = Path("model.onnx")
-    "the file to write"
-    check: bool = True
-    "compare file and model on several sizes afterwards; needs onnxruntime"
-    verbose: bool = False
-    "show where a mistake was noticed, not only what it is"
+    output: Path = Path("model.onnx")  # the file to write
+    check: bool = True  # compare file and model on several sizes afterwards; needs onnxruntime
+    verbose: bool = False  # show where a mistake was noticed, not only what it is
 
 
 def main(argv: Sequence[str] | None = None) -> None:

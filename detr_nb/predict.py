@@ -258,32 +258,24 @@ def _write_segments(result: Result, path: Path, image_id: int, classes: Categori
 class PredictSettings:
     "Find objects in pictures; write the pictures with what was found drawn in, and detections.json in COCO's format."
 
-    sources: tyro.conf.Positional[tuple[str, ...]]
-    "image files, folders of them, URLs"
+    sources: tyro.conf.Positional[tuple[str, ...]]  # image files, folders of them, URLs
+    # a run's folder, a checkpoint's file, its URL, a name such as detr_resnet50, or a folder of transformers
     weights: str
-    "a run's folder, a checkpoint's file, its URL, a name such as detr_resnet50, or a folder of transformers"
-    threshold: float = 0.7
-    "lowest score, 0 to 1, that is kept"
-    output: Path = Path("predictions")
-    "folder to write into"
+    threshold: float = 0.7  # lowest score, 0 to 1, that is kept
+    output: Path = Path("predictions")  # folder to write into
+    # the pixels of each object, too, drawn and in detections.json as run lengths; the model needs a mask head
     masks: bool = False
-    "the pixels of each object, too, drawn and in detections.json as run lengths; the model needs a mask head"
+    # draw one map of segments, and write it in COCO's panoptic format; the model needs a mask head
     panoptic: bool = False
-    "draw one map of segments, and write it in COCO's panoptic format; the model needs a mask head"
-    pictures: bool = True
-    "draw pictures; without them only the results are written"
+    pictures: bool = True  # draw pictures; without them only the results are written
+    # a font file (.ttf, .otf, .ttc) for the names, where this machine has none with their letters
     font: Path | None = None
-    "a font file (.ttf, .otf, .ttc) for the names, where this machine has none with their letters"
+    # resize with PIL, as the released code does: the same to the last grey level, and slower
     exact_resize: bool = False
-    "resize with PIL, as the released code does: the same to the last grey level, and slower"
-    batch_size: int = 4
-    "pictures that the model sees at a time"
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    "where to compute; auto: on a GPU where there is one"
-    num_workers: int = 2
-    "processes that read pictures while the model computes"
-    verbose: bool = False
-    "show where a mistake was noticed, not only what it is"
+    batch_size: int = 4  # pictures that the model sees at a time
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute; auto: on a GPU where there is one
+    num_workers: int = 2  # processes that read pictures while the model computes
+    verbose: bool = False  # show where a mistake was noticed, not only what it is
 
 # %% ../nbs/24_predict.ipynb #4246c728
 def _drawn_names(names: Sequence[str]) -> Iterator[str]:
