@@ -186,4 +186,4 @@ if __name__ == "__main__":
         file = IMAGES / (f"map-{name}.png" if name else "map.png")
         pixels = BytesIO()
         draw_map(name).savefig(pixels, dpi=110)
-        Image.open(pixels).quantize(128).save(file, optimize=True)
+        Image.open(pixels).convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE).save(file, optimize=True)
