@@ -71,7 +71,9 @@ def make_oldest() -> str:
 def run(setting: str, arguments: list[str]) -> bool:
     "The sensitive tests in one setting; whether all passed."
     python = make_oldest() if setting == "oldest" else sys.executable
-    environ = {"MPLBACKEND": "agg", "OMP_NUM_THREADS": "2"} | os.environ | SETTINGS[setting]
+    environ = {"MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"} | os.environ | SETTINGS[setting]
+    if not setting.startswith("threads"):  # two processes of one thread each
+        arguments = ["-n", "2", *arguments]
     with tempfile.TemporaryDirectory() as folder:
         paths = [str(ROOT), environ.get("PYTHONPATH", "")]
         if setting == "spawn":  # every Python imports it first, those that tests start as well
