@@ -21,7 +21,7 @@ from torch import Tensor
 
 from detr_nb.distributed import UserError, get_logger
 
-logger = get_logger(__name__)
+_logger = get_logger(__name__)
 
 # %% ../nbs/20_checkpoints.ipynb #db265741
 class CheckpointError(UserError):
@@ -99,7 +99,7 @@ def _load_url(url: str) -> Any:
     file = Path(torch.hub.get_dir()) / "checkpoints" / name
     was_there = file.exists()
     if not was_there:
-        logger.info("downloading %s to %s", url, file)
+        _logger.info("downloading %s to %s", url, file)
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(file), hash_prefix=digits and digits[1], progress=False)
@@ -196,7 +196,7 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
             troubles.append(str(error))
         else:
             for trouble in troubles:
-                logger.warning("%s; going on from %s, which was saved before it", trouble, path.name)
+                _logger.warning("%s; going on from %s, which was saved before it", trouble, path.name)
             return path
     if troubles:
         told = "; ".join(troubles)

@@ -22,7 +22,7 @@ from detr_nb.detr import DETR, build_detr
 from detr_nb.distributed import get_logger
 from detr_nb.segmentation import SegmentationDETR, build_segmentation
 
-logger = get_logger(__name__)
+_logger = get_logger(__name__)
 
 # %% ../nbs/21_convert.ipynb #55b7d92a
 HALVES = [(".out_proj.", ".o_proj."), (".linear1.", ".mlp.fc1."), (".linear2.", ".mlp.fc2."),
@@ -146,7 +146,7 @@ def our_tensors(
     layout = _layout_of(contents)
     named = {name: _our_name(name, layout) for name in contents.tensors}
     if None in named.values() and not masks:
-        logger.warning(
+        _logger.warning(
             "%s is a model with masks: the detector is loaded, the mask head (%d tensors) is left out",
             contents.name, list(named.values()).count(None),
         )
