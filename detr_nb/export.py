@@ -4,7 +4,6 @@
 __all__ = ['export_program', 'ExportError', 'export_onnx', 'OnnxDETR', 'check_onnx', 'main']
 
 # %% ../nbs/25_export.ipynb #5b4d5e67
-#| code-fold: true
 import copy
 import importlib
 import json
