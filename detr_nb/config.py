@@ -109,7 +109,7 @@ class OptimizerConfig:
     # half precision in the model; the losses stay in float32 (paper: no)
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
 
-
+# %% ../nbs/27_config.ipynb #27run002
 @dataclass(frozen=True)
 class RunConfig:
     "Where a run begins, what it writes and what it reports."

@@ -28,14 +28,16 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .batching import Batch
-from .checkpoints import (CHECKPOINT, PREVIOUS, CheckpointError, load_checkpoint, newest_checkpoint,
-                                 save_checkpoint, settings_changed)
+from detr_nb.checkpoints import (
+    CHECKPOINT, PREVIOUS, CheckpointError, load_checkpoint, newest_checkpoint, save_checkpoint, settings_changed,
+)
 from .config import PRESETS, Config, code_version
 from .convert import architecture, known_architecture
 from .criterion import SetCriterion
 from .detr import DETR
-from .distributed import (Process, UserError, barrier, gather_objects, get_logger, is_main, reduce_mean,
-                                 reduce_sum)
+from detr_nb.distributed import (
+    Process, UserError, barrier, gather_objects, get_logger, is_main, reduce_mean, reduce_sum,
+)
 from .engine import Averages, preprocessing
 from .seeding import capture_generators, restore_generators
 from .segmentation import SegmentationDETR

@@ -103,11 +103,6 @@ def ids_to_rgb(ids: Int[np.ndarray, "H W"]) -> UInt8[np.ndarray, "H W 3"]:
     "Panoptic ids as a picture: id = R + 256 G + 65536 B."
     return np.stack([ids >> shift & 255 for shift in (0, 8, 16)], axis=-1).astype(np.uint8)
 
-
-def _rgb_to_ids(picture: UInt8[np.ndarray, "H W 3"]) -> Int[np.ndarray, "H W"]:
-    "The other way round."
-    return picture.astype(np.int64) @ np.array([1, 256, 65536])
-
 # %% ../nbs/05_shapes_set.ipynb #9887dfc7
 def _segment_id(number: int) -> int:  # 1, 2, ... in the image
     "A distinct id below 2^24 for each segment of an image, whose colour differs from its neighbours'."
@@ -291,6 +286,7 @@ def write_shapes(
         shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
         try:
             _fill_folder(draft, manifest, num_workers)
+            _check_replaceable(root)  # again: drawing takes a while
             shutil.rmtree(root, ignore_errors=True)  # an older set
             draft.rename(root)
         finally:

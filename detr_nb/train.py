@@ -29,19 +29,24 @@ from .batching import Batch, CachedDataset, collate, make_loader
 from .check import quick_check
 from .coco import CocoDataset, open_coco
 from .detr import DETR
-from .distributed import (Process, UserError, barrier, gather_objects, get_logger, set_threads, stage, start,
-                                 stop, user_errors)
+from detr_nb.distributed import (
+    Process, UserError, barrier, gather_objects, get_logger, set_threads, stage, start, stop, user_errors,
+)
 from .drawing import draw_predictions
-from .engine import (NotFinite, build_criterion, build_model, build_optimizer, choose_transform,
-                            first_non_finite, rate_factor, set_rates, train_step)
+from detr_nb.engine import (
+    NotFinite, build_criterion, build_model, build_optimizer, choose_transform, first_non_finite, rate_factor,
+    set_rates, train_step,
+)
 from .evaluation import CocoEvaluator, evaluate, evaluation_mode
 from .panoptic import PanopticEvaluator, PanopticWriter
 from .panoptic_data import open_panoptic
 from .plots import plot_log
 from .pretrain import pretrain_backbone
 from .pretrained import transfer_weights
-from .runs import (BACKBONE, Run, ask_checkpoint, end_if_asked, listening, log_epoch, log_step, open_run, resume,
-                          save_or_warn, steps_of_epoch, until_asked)
+from detr_nb.runs import (
+    BACKBONE, Run, ask_checkpoint, end_if_asked, listening, log_epoch, log_step, open_run, resume, save_or_warn,
+    steps_of_epoch, until_asked,
+)
 from .seeding import seed_everything
 from .segmentation import MaskEvaluator, SegmentationDETR
 from .shapes_set import write_shapes
@@ -85,7 +90,7 @@ def _open_split(config: Config, split: str) -> CocoDataset:
     annotations, images = getattr(data, f"{split}_annotations"), getattr(data, f"{split}_images")
     return CocoDataset(images or Path(annotations).parent, annotations, **settings)
 
-
+# %% ../nbs/33_train.ipynb #33loadr2
 def _build_loaders(config: Config, process: Process, train: CocoDataset, val: CocoDataset) -> list[DataLoader]:
     "The loaders of this process's share of both sets; small sets are kept decoded."
     if config.run.num_workers == 0 and config.embedded or config.data.overfit:

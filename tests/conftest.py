@@ -10,8 +10,8 @@ settings.register_profile("repeatable", derandomize=True, database=None, deadlin
                           suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repeatable")
 
-# what another machine's instructions, threads, workers or older libraries could change: `make test-machines`
 LONG = ["test_train", "test_resume", "test_parity", "test_export", "test_distributed"]  # the workers begin with these
+# what another machine's instructions, threads, workers or older libraries could change: `make test-machines`
 SENSITIVE = {"test_parity", "test_parity_masks", "test_parity_transforms", "test_evaluation", "test_batching"}
 
 

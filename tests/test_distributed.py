@@ -229,6 +229,7 @@ BY_ACCELERATE = (*ACCELERATE, str(ROOT / "configs/accelerate/two_cpu.yaml"))
 @pytest.mark.parametrize(
     ("launcher", "error"),
     [
+        pytest.param(TORCHRUN, "raise KeyError('a label')", marks=pytest.mark.slow),
         (TORCHRUN, "raise UserError('no folder')"),
         (TORCHRUN, "os.kill(os.getpid(), 9)"),
         (BY_ACCELERATE, "raise KeyError('a label')"),

@@ -3,7 +3,6 @@ import hashlib
 import io
 import multiprocessing
 import os
-import resource
 import shutil
 import threading
 import time
@@ -240,6 +239,7 @@ def test_too_small_a_disk_is_refused_before_the_first_request(server, tmp_path, 
 
 
 def test_a_disk_that_fills_up_ends_with_a_message_and_the_next_start_goes_on(server, tmp_path):
+    resource = pytest.importorskip("resource", reason="Windows limits no file's size")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # no file may be larger
     try:

@@ -47,6 +47,11 @@ def test_no_module_is_longer_than_one_reads_in_one_go():
     assert not {name: count for name, count in counts.items() if count > 400}
 
 
+@pytest.mark.xfail(reason="a limit that is yet to be reached", strict=True)
+def test_the_package_has_at_most_9000_lines():
+    assert sum(len((ROOT / f"detr_nb/{name}.py").read_text(encoding="utf-8").splitlines()) for name in MODULES) <= 9000
+
+
 def test_the_package_has_at_most_300_public_names():
     counts = {name: len(importlib.import_module(f"detr_nb.{name}").__all__) for name in MODULES}
     assert sum(counts.values()) <= 300, counts

@@ -195,16 +195,19 @@ def test_with_frozen_weights_only_the_mask_head_learns(one_process, shapes, tmp_
     assert line["test_coco_eval_bbox"] == pytest.approx(box_numbers, abs=1e-6)
 
 
-def test_a_panoptic_run_starts_from_boxes_and_is_resumed_and_evaluated(one_process, shapes, tmp_path, here):
+@pytest.mark.parametrize("launcher", [None, pytest.param(TORCHRUN, marks=pytest.mark.slow)], ids=["here", "torchrun"])
+def test_a_panoptic_run_starts_from_boxes_and_is_resumed_and_evaluated(one_process, shapes, tmp_path, here, launcher):
     arguments = ["--shapes_path", shapes, "--output_dir", tmp_path, "--batch_size", 8, *SMALL, "--resume", "auto"]
     learn = ["--dataset_file", "coco_panoptic", "--masks", "--finetune", one_process / "best.pth", "--keep_classes"]
-    here(*arguments, *learn, "--limit_train", 32)
-    assert "the rows of disc" in here.said
+    first = [*arguments, *learn, "--limit_train", 32]
+    said = launch(*first, launcher=launcher).stdout if launcher else here(*first) + here.said
+    assert "the rows of disc" in said and ("2 processes" in said) == bool(launcher)
     line = json.loads((tmp_path / "log.txt").read_text().splitlines()[-1])
     assert line["test_PQ_all"]["n"] == 10 and {"test_PQ_th", "test_PQ_st"} <= line.keys()
     classes = tensors(tmp_path / "checkpoint.pth")["classes"]
     assert sum(classes["is_thing"]) == 6 and len(classes["names"]) == 10
-    printed = here(*arguments, *learn, "--eval")
+    again = [*arguments, *learn, "--eval"]
+    printed = launch(*again, launcher=launcher).stdout if launcher else here(*again)
     tested = json.loads(printed[printed.index("{\n") :])
     assert tested["test_PQ_all"]["pq"] == pytest.approx(line["test_PQ_all"]["pq"], abs=1e-6)
 
