@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 NUMBERS = {path.stem.split("_", 1)[1]: int(path.name[:2]) for path in (ROOT / "nbs").glob("[0-9][0-9]_*.ipynb")}
 MODULES = sorted(path.stem for path in (ROOT / "detr_nb").glob("*.py") if not path.stem.startswith("_"))

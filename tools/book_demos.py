@@ -91,7 +91,7 @@ def describe_process(process: Process) -> dict[str, Any]:
 
 
 def gradient_share(
-    process: Process, inputs: Float[Tensor, "N D"], targets: Float[Tensor, "N"], weights: Float[Tensor, "D"]
+    process: Process, inputs: Float[Tensor, "N D"], targets: Float[Tensor, " N"], weights: Float[Tensor, " D"]
 ) -> dict[str, Any]:
     "The mean gradient by hand and by DistributedDataParallel; then a call that one process skips."
     share = slice(process.rank, None, process.world_size)  # every second example
