@@ -52,16 +52,6 @@ class Categories:
         "K, the number of categories."
         return len(self.ids)
 
-    def to_label(self, ids: Int64[Tensor, "*N"]) -> Int64[Tensor, "*N"]:
-        "Labels 0..K-1 of category ids; raises DataError for an id that is not ours."
-        ids = torch.as_tensor(ids)
-        own = torch.tensor(self.ids, device=ids.device)
-        labels = torch.searchsorted(own, ids).clamp(max=len(own) - 1)
-        unknown = ids[own[labels] != ids]
-        if len(unknown):
-            raise DataError(f"unknown category ids {named(unknown.unique().tolist())}; known: {named(self.ids, 100)}")
-        return labels
-
     def to_id(self, labels: Int64[Tensor, "*N"]) -> Int64[Tensor, "*N"]:
         "Category ids of labels; raises IndexError for a label outside 0..K-1."
         labels = torch.as_tensor(labels)
@@ -230,19 +220,18 @@ def _column(entries: list, key: str, kind: type = np.int64) -> np.ndarray:
     return np.fromiter(map(attrgetter(key), entries), kind, len(entries))
 
 
-def _require_unique(ids: np.ndarray, name: str, path: Path) -> None:
-    "Raise DataError when an id occurs twice."
-    values, counts = np.unique(ids, return_counts=True)
-    if len(values) < len(ids):
-        raise DataError(f"{path}: {len(ids) - len(values)} of {len(ids)} {name} repeat an id that another one has: "
-                        f"{named(values[counts > 1])}. Ids must be unique: number the {name} anew")
-
-# %% ../nbs/06_annotations.ipynb #602cd363
-def _repeated(values: Sequence[str]) -> list[str]:
+def _repeated(values: Sequence) -> list:
     "Each value that occurs more than once, once, in order."
     return [value for value, count in Counter(values).items() if count > 1]
 
 
+def _require_unique(ids: np.ndarray, name: str, path: Path) -> None:
+    "Raise DataError when an id occurs twice."
+    if twice := _repeated(ids.tolist()):
+        raise DataError(f"{path}: {len(ids) - len(set(ids.tolist()))} of {len(ids)} {name} repeat an id that another one "
+                        f"has: {named(twice)}. Ids must be unique: number the {name} anew")
+
+# %% ../nbs/06_annotations.ipynb #602cd363
 def _find_heading(categories: list[_Category], used: np.ndarray) -> _Category | None:
     "The category that all others name as their supercategory and that is not among the `used` ids; None without one."
     groups = Counter(str(entry.supercategory) for entry in categories)
@@ -307,11 +296,8 @@ def _find_bad_boxes(boxes: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarra
     with np.errstate(invalid="ignore", over="ignore"):
         inside = clip_to_image(boxes, sizes)
     visible = (inside[:, 2:] > inside[:, :2]).all(1)
-    return {
-        "without a finite box": ~finite,
-        "with a box without positive width and height": finite & ~positive,
-        "with a box outside the image": finite & positive & ~visible,
-    }
+    return {"without a finite box": ~finite, "with a box without positive width and height": finite & ~positive,
+            "with a box outside the image": finite & positive & ~visible}
 
 # %% ../nbs/06_annotations.ipynb #0186952e
 def _keep_sound(boxes: np.ndarray, sizes: np.ndarray, crowd: np.ndarray, ids: np.ndarray, path: Path) -> np.ndarray:

@@ -4,7 +4,6 @@
 __all__ = ['FrozenBatchNorm2d', 'group_norm', 'WeightsError', 'Features', 'Backbone', 'SmallBackbone', 'build_backbone']
 
 # %% ../nbs/10_backbone.ipynb #c764e913
-import logging
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -15,6 +14,8 @@ import torch.nn.functional as F
 import torchvision
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+
+from .distributed import UserError
 
 # %% ../nbs/10_backbone.ipynb #5205ba5f
 class FrozenBatchNorm2d(nn.Module):
@@ -75,61 +76,23 @@ def _resnet_body(
     return nn.Sequential(OrderedDict(list(resnet.named_children())[:-2]))
 
 # %% ../nbs/10_backbone.ipynb #e5695267
-class WeightsError(RuntimeError):
+class WeightsError(UserError):
     "Pretrained weights that cannot be had or cannot be read; the message says what to do."
 
 
-def _imagenet_weights(name: str) -> tuple[str, Path]:
-    "Where the paper's ImageNet weights of a ResNet come from, and the file they are kept in."
-    url = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url
-    return url, Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
-
-# %% ../nbs/10_backbone.ipynb #acc004ac
-def _load_imagenet(name: str) -> dict[str, Tensor]:
-    "The ImageNet weights of a ResNet, downloaded once; raises `WeightsError` when they cannot be had."
-    url, file = _imagenet_weights(name)
-    if not file.exists():
-        logging.getLogger(__name__).info("downloading %s to %s", url, file)
+def _imagenet_weights(name: str) -> dict[str, Tensor]:
+    "The paper's ImageNet weights of a ResNet, downloaded once; raises `WeightsError` when they cannot be had."
+    weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
+    file = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
     try:
-        return torch.hub.load_state_dict_from_url(
-            url, str(file.parent), map_location="cpu", progress=False, check_hash=True, weights_only=True
-        )
+        return weights.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
     except Exception as error:  # no network, no such host, a refusal, a full disk, a wrong hash, a torn file
         state = "is there but cannot be read: delete it" if file.exists() else "is not there"
-        raise WeightsError(
-            f"no ImageNet weights for {name}: {file} {state}, and {url} could not be downloaded "
-            f"({type(error).__name__}: {error}). Download it where there is a network and put the file into "
-            f"{file.parent}, or start from random weights: pretrained=False (--no_pretrained), best with norm='group'."
-        ) from error
+        raise WeightsError(f"no ImageNet weights for {name}: {file} {state}, and {weights.url} could not be "
+                           f"downloaded ({type(error).__name__}: {error}). Download it where there is a network and "
+                           f"put the file into {file.parent}, or start from random weights: pretrained=False "
+                           "(--no_pretrained), best with norm='group'.") from error
 
-# %% ../nbs/10_backbone.ipynb #2cf713ab
-def _load_weights(file: str | Path) -> dict[str, Tensor]:
-    "A state dict from a local file, read without running any code in it; raises `WeightsError`."
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise WeightsError(f"no such file of backbone weights: {file}") from error
-    except Exception as error:
-        raise WeightsError(f"{file} cannot be read as weights ({type(error).__name__}: {error})") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise WeightsError(f"{file} does not hold a state dict of tensors, as torchvision's files do")
-    return state
-
-
-def _fill_body(
-    body: nn.Module,
-    source: bool | str | Path,  # True: ImageNet's weights; else a file
-    name: str,
-) -> None:
-    "Load a torchvision classifier's state into the body; its last linear layer `fc` has no place there."
-    state = _load_imagenet(name) if source is True else _load_weights(source)
-    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
-    try:
-        body.load_state_dict(state)
-    except RuntimeError as error:
-        raise WeightsError(
-            f"the weights {'of ImageNet' if source is True else source} do not fit {name}: {error}"
-        ) from error
 
 # %% ../nbs/10_backbone.ipynb #ec7e0cf6
 class Features(NamedTuple):
@@ -148,16 +111,15 @@ def _shrink_padding(
     return F.interpolate(padding[:, None].float(), size=size)[:, 0].bool()
 
 # %% ../nbs/10_backbone.ipynb #bee99705
-def _check_backbone(name: str, norm: str, pretrained: bool | str | Path | None) -> None:
+def _check_backbone(name: str, norm: str, pretrained: bool | None) -> None:
     "Raise `ValueError` for a combination that does not exist, saying which ones do."
     if name not in _RESNETS:
         raise ValueError(f"--backbone must be one of small, {', '.join(_RESNETS)}, got {name!r}")
     if norm not in _NORMS:
         raise ValueError(f"the backbone's norm must be one of {', '.join(_NORMS)}, got {norm!r}")
     if norm == "group" and pretrained:
-        raise ValueError(
-            "pretrained ResNets have batch norm: use norm='frozen' or 'batch', or pretrained=False with 'group'"
-        )
+        raise ValueError("pretrained ResNets have batch norm: use norm='frozen' or 'batch', or pretrained=False with "
+                         "'group'")
 
 # %% ../nbs/10_backbone.ipynb #61e79264
 class Backbone(nn.Module):
@@ -166,7 +128,7 @@ class Backbone(nn.Module):
     def __init__(
         self,
         name: str = "resnet50",  # resnet18, resnet34, resnet50 or resnet101
-        pretrained: bool | str | Path | None = False,  # ImageNet's; a file's; None: the caller loads a checkpoint
+        pretrained: bool | None = False,  # with ImageNet's weights; None: the caller loads a checkpoint
         norm: str = "frozen",  # "frozen", "batch", or "group", which has no pretrained weights
         dilation: bool = False,  # DC5: the last map has stride 16
         trainable: bool = True,  # False freezes all; True freezes stem and layer1 unless `pretrained` is False
@@ -175,17 +137,13 @@ class Backbone(nn.Module):
         _check_backbone(name, norm, pretrained)
         self.body = _resnet_body(name, norm, dilation)
         if pretrained:
-            _fill_body(self.body, pretrained, name)
+            weights = _imagenet_weights(name)
+            self.body.load_state_dict({key: x for key, x in weights.items() if not key.startswith("fc.")})
         width = 64 * self.body.layer1[0].expansion
         self.channels, self.strides = (width, 2 * width, 4 * width, 8 * width), (4, 8, 16, 16 if dilation else 32)
         self.num_channels, self.stride = self.channels[-1], self.strides[-1]
-        everything = [name for name, _ in self.body.named_children()]
-        self.freeze(everything if not trainable else [] if pretrained is False else ["conv1", "bn1", "layer1"])
-
-    def freeze(self, parts: list[str]) -> None:
-        "Stop the training of these children of the body; the others are trained."
-        for name, part in self.body.named_children():
-            part.requires_grad_(name not in parts)
+        for part, module in self.body.named_children():
+            module.requires_grad_(trainable and (pretrained is False or part not in ("conv1", "bn1", "layer1")))
 
     def forward(
         self,
@@ -272,7 +230,6 @@ class SmallBackbone(nn.Module):
             self.stages.append(nn.ModuleList(stage))
             inputs, stride = width, stride * step
             self.strides = (*self.strides, stride)
-        _check_stages(blocks, stride)
         self.num_channels, self.stride = inputs, stride
         self.requires_grad_(trainable)
 
@@ -289,18 +246,10 @@ class SmallBackbone(nn.Module):
             maps.append(x)
         return Features(tuple(maps), None if padding is None else padding[:, :: self.stride, :: self.stride])
 
-# %% ../nbs/10_backbone.ipynb #470db980
-def _check_stages(blocks: tuple[int, ...], stride: int) -> None:
-    "Raise `ValueError` unless the stages reach stride 16, with blocks in all of them but perhaps the first."
-    if stride != 16:
-        raise ValueError(f"{len(blocks)} stages reach stride {stride}, not 16: give `widths` and `blocks` more entries")
-    if min(blocks[1:]) < 1 or blocks[0] < 0:
-        raise ValueError(f"every stage after the first needs a residual block, got blocks={blocks}")
-
 # %% ../nbs/10_backbone.ipynb #f23d2f11
 def build_backbone(
     name: str = "resnet50",  # --backbone: small, resnet18, resnet34, resnet50 or resnet101
-    pretrained: bool | str | Path | None = False,  # as in `Backbone`; the small one has no pretrained weights
+    pretrained: bool | None = False,  # as in `Backbone`; the small one has no pretrained weights
     norm: str = "frozen",  # as in `Backbone`; the small one has group norm whatever is asked
     dilation: bool = False,
     trainable: bool = True,
@@ -312,9 +261,6 @@ def build_backbone(
         return SmallBackbone(trainable=trainable)
     backbone = Backbone(name, pretrained, norm, dilation, trainable)
     if norm == "frozen" and pretrained is False and trainable:
-        warnings.warn(
-            f"{name} has random weights and frozen batch norm, which then normalises nothing, and trains poorly: "
-            "use norm='group' (or 'batch') from scratch, or pretrained weights",
-            stacklevel=2,
-        )
+        warnings.warn(f"{name} has random weights and frozen batch norm, which then normalises nothing, and trains "
+                      "poorly: use norm='group' (or 'batch') from scratch, or pretrained weights", stacklevel=2)
     return backbone

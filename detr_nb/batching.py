@@ -52,7 +52,6 @@ def pad_images(
 # %% ../nbs/09_batching.ipynb #ab05ab35
 class Targets(NamedTuple):
     "The objects of a whole batch, image after image, in one tensor per property."
-
     labels: Int64[Tensor, "N"]  # 0..C-1
     boxes: Float[Tensor, "N 4"]  # cxcywh, as shares of the image's own size (not the padded one)
     counts: Int64[Tensor, "B"]  # objects of each image; they sum to N
@@ -64,10 +63,6 @@ class Targets(NamedTuple):
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Targets":
         "The same targets on another device."
         return Targets(*(None if x is None else x.to(device, non_blocking=non_blocking) for x in self))
-
-    def pin_memory(self) -> "Targets":
-        "The same targets in page-locked memory, from which copies to a GPU need not wait."
-        return Targets(*(None if x is None else x.pin_memory() for x in self))
 
 # %% ../nbs/09_batching.ipynb #7719687d
 def _pack_masks(
@@ -95,20 +90,15 @@ def pack_targets(
     counts = torch.tensor([len(s.labels) for s in samples])
     sizes = torch.tensor([s.image.shape[1:] for s in samples])
     per_box = sizes.flip(-1).repeat(1, 2).repeat_interleave(counts, dim=0)  # (width, height, width, height)
-    return Targets(
-        labels=torch.cat([s.labels for s in samples]),
-        boxes=xyxy_to_cxcywh(torch.cat([s.boxes for s in samples])) / per_box,
-        counts=counts,
-        image_ids=torch.tensor([s.image_id for s in samples]),
-        original_sizes=torch.tensor([s.original_size for s in samples]),
-        sizes=sizes,
-        masks=_pack_masks(samples, size),
-    )
+    return Targets(labels=torch.cat([s.labels for s in samples]),
+                   boxes=xyxy_to_cxcywh(torch.cat([s.boxes for s in samples])) / per_box, counts=counts,
+                   image_ids=torch.tensor([s.image_id for s in samples]),
+                   original_sizes=torch.tensor([s.original_size for s in samples]), sizes=sizes,
+                   masks=_pack_masks(samples, size))
 
 # %% ../nbs/09_batching.ipynb #8f74a2a6
 class Batch(NamedTuple):
     "Images on one canvas, where they end, and what is in them."
-
     images: Float[Tensor, "B 3 H W"]  # normalised by ImageNet's mean and deviation; zeros where padded
     padding: Bool[Tensor, "B H W"] | None  # True on padded pixels; None when nothing is padded
     targets: Targets
@@ -118,11 +108,6 @@ class Batch(NamedTuple):
         padding = None if self.padding is None else self.padding.to(device, non_blocking=non_blocking)
         images = self.images.to(device, non_blocking=non_blocking)
         return Batch(images, padding, self.targets.to(device, non_blocking))
-
-    def pin_memory(self) -> "Batch":
-        "The same batch in page-locked memory, from which copies to a GPU need not wait."
-        padding = None if self.padding is None else self.padding.pin_memory()
-        return Batch(self.images.pin_memory(), padding, self.targets.pin_memory())
 
 # %% ../nbs/09_batching.ipynb #64a92617
 @contextmanager
@@ -270,16 +255,10 @@ def make_loader(
     sizes = np.asarray(dataset.sizes, dtype=np.float64) if group_by_shape else None  # (height, width)
     aspects = None if sizes is None else sizes[:, 0] / sizes[:, 1]
     sampler = EpochSampler(len(dataset), batch_size, rank, world_size, seed, shuffle, drop_last, aspects)
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=partial(collate, pad_multiple=pad_multiple),
-        worker_init_fn=_start_worker,
-        persistent_workers=num_workers > 0,
-        pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
-        generator=torch.Generator().manual_seed(seed + rank),  # the loader leaves the global generator alone
-    )
+    return DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, persistent_workers=num_workers > 0,
+                      collate_fn=partial(collate, pad_multiple=pad_multiple), worker_init_fn=_start_worker,
+                      pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
+                      generator=torch.Generator().manual_seed(seed + rank))  # the global generator is left alone
 
 # %% ../nbs/09_batching.ipynb #46be1820
 class CachedDataset(Dataset):

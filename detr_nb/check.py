@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -23,7 +24,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-# %% ../nbs/31_check.ipynb #bc2f6836
 from .annotations import DataError, DataWarning, ImageColumns, named, read_images
 from .coco import CocoDataset, IndexView, find_split, read_image, read_index
 from .distributed import user_errors
@@ -141,14 +141,6 @@ def _read_leniently(annotations: Path) -> tuple[IndexView | None, list[_Finding]
     said = [str(warning.message) for warning in caught if issubclass(warning.category, DataWarning)]
     return dataset, found + [_Finding("warning", text.removeprefix(f"{annotations}: ")) for text in said]
 
-
-def _images_only(annotations: Path) -> ImageColumns | None:
-    "The images that an annotation file lists, whatever is wrong with the rest of it; None when they are wrong too."
-    try:
-        return read_images(annotations)
-    except DataError:
-        return None
-
 # %% ../nbs/31_check.ipynb #0a1f623d
 def check_split(root: Path, split: str, num_queries: int, decode: bool, num_threads: int) -> _Checked:
     "Check the annotation file and the images of a split; raises nothing, all is in the findings."
@@ -159,7 +151,9 @@ def check_split(root: Path, split: str, num_queries: int, decode: bool, num_thre
     dataset, found = _read_leniently(annotations)
     if dataset:
         found += _index_findings(dataset, num_queries)
-    images = dataset.index.images if dataset else _images_only(annotations)
+    images = dataset.index.images if dataset else None
+    with suppress(DataError):  # the images that it lists, whatever is wrong with the rest of it
+        images = images or read_images(annotations)
     if images:
         names = [name.decode("utf-8", "surrogatepass") for name in images.names.unpack()]
         found += _image_findings(_look_at_images(folder, names, decode, num_threads), names, images)
@@ -202,11 +196,9 @@ def _distributions(dataset: IndexView) -> dict[str, dict[str, int]]:
     boxes = dataset.index.objects.boxes[~dataset.index.objects.crowd]
     sizes = (boxes[:, 2] * boxes[:, 3]).sqrt()
     by_count = _histogram(dataset.object_counts, _OBJECTS_PER_IMAGE)
-    return {
-        "images by objects": dict(zip(_range_names(_OBJECTS_PER_IMAGE), by_count)),
-        "objects by size (px)": dict(zip(_range_names(_BOX_SIZES), _histogram(sizes, _BOX_SIZES))),
-        "objects by class": _by_name(dataset.categories.names, dataset.class_counts.tolist()),
-    }
+    return {"images by objects": dict(zip(_range_names(_OBJECTS_PER_IMAGE), by_count)),
+            "objects by size (px)": dict(zip(_range_names(_BOX_SIZES), _histogram(sizes, _BOX_SIZES))),
+            "objects by class": _by_name(dataset.categories.names, dataset.class_counts.tolist())}
 
 
 def _by_name(names: Sequence[str], counts: Sequence[int]) -> dict[str, int]:

@@ -104,10 +104,8 @@ def _load_url(url: str) -> Any:
         try:
             torch.hub.download_url_to_file(url, str(file), hash_prefix=digits and digits[1], progress=False)
         except Exception as error:  # no network, no such host, a refusal, a full disk, a wrong hash
-            raise CheckpointError(
-                f"{url} could not be downloaded ({type(error).__name__}: {error}). Download it where there is a "
-                f"network and put the file to {file}, or give its path."
-            ) from error
+            raise CheckpointError(f"{url} could not be downloaded ({type(error).__name__}: {error}). Download it "
+                                  f"where there is a network and put the file to {file}, or give its path.") from error
     elif digits and not sha256(file.read_bytes()).hexdigest().startswith(digits[1]):
         raise CheckpointError(f"{file} is not the file of {url}: its SHA-256 does not begin with {digits[1]}. "
                               "Delete it, and it will be downloaded")
@@ -127,7 +125,7 @@ class Contents(NamedTuple):
 
 # %% ../nbs/20_checkpoints.ipynb #29c9aa18
 def read_source(
-    source: str | Path | Mapping | Contents,  # a path, an address, one of RELEASED's names, or what a file would hold
+    source: str | Path | Mapping | Contents,  # a path, a run's folder, an address, a name of RELEASED, contents
 ) -> Contents:
     "Open a checkpoint of any layout; raises `CheckpointError`."
     if isinstance(source, Contents):
@@ -142,8 +140,8 @@ def read_source(
         source = RELEASED[source]
     if source.startswith(("http://", "https://")):
         return _split(_load_url(source), source, {})
-    if path.is_dir():  # as `save_pretrained` of transformers writes it
-        path = path / ("pytorch_model.bin" if (path / "pytorch_model.bin").exists() else "model.safetensors")
+    if path.is_dir():
+        path = _file_in(path)
     return _split(_load_file(path), source, _beside(path))
 
 # %% ../nbs/20_checkpoints.ipynb #4260bc8b
@@ -169,6 +167,14 @@ def _beside(path: Path) -> dict:
     if not isinstance(settings, dict):
         raise CheckpointError(f"{file} holds no settings by name, but a {type(settings).__name__}: get it again")
     return {"config.json": settings}
+
+
+def _file_in(folder: Path) -> Path:
+    "The weights in a folder: as transformers' `save_pretrained` writes them, or a run's best ones, else its newest."
+    names = ("pytorch_model.bin", "model.safetensors") if (folder / "config.json").exists() else ("best.pth",)
+    if path := next((folder / name for name in names if (folder / name).exists()), newest_checkpoint(folder)):
+        return path
+    raise CheckpointError(f"{folder} holds no checkpoint of a run and no weights of transformers")
 
 # %% ../nbs/20_checkpoints.ipynb #340e1f3d
 def load_checkpoint(path: str | Path) -> dict:

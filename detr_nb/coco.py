@@ -27,7 +27,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.io import ImageReadMode, decode_image
 
-# %% ../nbs/07_coco.ipynb #7be1c1cb
 from detr_nb.annotations import (
     HUGE, Categories, CocoIndex, DataError, DataWarning, ImageColumns, ObjectColumns, PackedBytes, clip_to_image,
     named, read_listed, starts,
@@ -159,10 +158,8 @@ def read_image(path: Path | str) -> UInt8[Tensor, "3 H W"]:
     try:
         return _decode_with_pil(Path(path))
     except Exception as error:  # PIL raises a dozen kinds for broken files
-        raise DataError(
-            f"cannot decode image {path} ({len(data)} bytes): {error}. "
-            "It is damaged, cut short or not an image: fetch the file again, or take it out of the annotations"
-        ) from error
+        raise DataError(f"cannot decode image {path} ({len(data)} bytes): {error}. It is damaged, cut short or not an "
+                        "image: fetch the file again, or take it out of the annotations") from error
 
 # %% ../nbs/07_coco.ipynb #9a109f29
 def _wrong_size(path: Path, annotations: Path, image_id: int, stored: list[int], listed: list[int]) -> DataError:
@@ -231,12 +228,10 @@ def to_pycocotools(index: CocoIndex, rows: Int64[Tensor, "images"]) -> COCO:
     sizes = images.sizes[rows].tolist()
     shift = 1 - int(objects.ids.min()) if (objects.ids == 0).any() else 0
     annotations = [annotation for row in rows.tolist() for annotation in _annotations_of(index, row)]
-    content = {
-        "info": {},
-        "images": [{"id": i, "height": h, "width": w} for i, (h, w) in zip(images.ids[rows].tolist(), sizes)],
-        "annotations": [{**annotation, "id": annotation["id"] + shift} for annotation in annotations],
-        "categories": [{"id": i, "name": name} for i, name in zip(categories.ids, categories.names)],
-    }
+    content = {"info": {},
+               "images": [{"id": i, "height": h, "width": w} for i, (h, w) in zip(images.ids[rows].tolist(), sizes)],
+               "annotations": [{**annotation, "id": annotation["id"] + shift} for annotation in annotations],
+               "categories": [{"id": i, "name": name} for i, name in zip(categories.ids, categories.names)]}
     coco = COCO()
     coco.dataset = content
     with redirect_stdout(None):  # pycocotools prints; None swallows it
@@ -346,13 +341,11 @@ def find_split(root: Path | str, split: str) -> tuple[Path, Path]:
     if len(found) != 1:
         wanted = [f"{word}/_annotations.coco.json" for word in SPLIT_NAMES.get(split, (split,))]
         there = found or sorted([*root.glob("*.json"), *root.glob("*/*.json")])
-        raise DataError(
-            f"{'several annotation files' if found else 'no annotation file'} for the split {split!r} in {root}: "
-            f"looked for annotations/instances_{split}2017.json, annotations/instances_{split}*.json, "
-            f"{', '.join(wanted)}; "
-            f"there: {named(path.relative_to(root).as_posix() for path in there) or 'none'}. "
-            f"Name the file and its folder with --{split}_annotations and --{split}_images"
-        )
+        raise DataError(f"{'several annotation files' if found else 'no annotation file'} for the split {split!r} in "
+                        f"{root}: looked for annotations/instances_{split}2017.json, "
+                        f"annotations/instances_{split}*.json, {', '.join(wanted)}; there: "
+                        f"{named(path.relative_to(root).as_posix() for path in there) or 'none'}. Name the file and "
+                        f"its folder with --{split}_annotations and --{split}_images")
     name = found[0].stem.removeprefix("instances_")
     folders = [found[0].parent] if name.startswith("_") else [root / name, root / "images" / name]
     for folder in folders:

@@ -24,7 +24,6 @@ import tyro
 @dataclass(frozen=True)
 class DataConfig:
     "What a run reads."
-
     # objects, or things and stuff from COCO's panoptic annotations (paper: both)
     dataset_file: Literal["coco", "coco_panoptic"] = "coco"
     coco_path: str = ""  # folder of a data set in COCO's or Roboflow's layout; empty: the embedded set
@@ -47,7 +46,6 @@ class DataConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     "The detector."
-
     # network that makes the feature map (paper: resnet50, resnet101)
     backbone: Literal["small", "resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
     # its norm: as it was trained, or learning over batches, or over groups of channels (paper: frozen)
@@ -74,7 +72,6 @@ class ModelConfig:
 @dataclass(frozen=True)
 class LossConfig:
     "The weights of matching and loss."
-
     aux_loss: bool = True  # a loss after every decoder layer, not only the last (paper: yes)
     set_cost_class: float = 1  # of the class in the cost of matching (paper: 1)
     set_cost_bbox: float = 5  # of the L1 distance in the cost of matching (paper: 5)
@@ -89,7 +86,6 @@ class LossConfig:
 @dataclass(frozen=True)
 class OptimizerConfig:
     "Batches, rates and their schedule."
-
     lr: float = 1e-4  # learning rate of the transformer (paper: 1e-4)
     lr_backbone: float = 1e-5  # learning rate of the backbone; 0 freezes it (paper: 1e-5)
     lr_masks: float = 1e-4  # learning rate of the mask head, always by AdamW (paper: 1e-4)
@@ -113,7 +109,6 @@ class OptimizerConfig:
 @dataclass(frozen=True)
 class RunConfig:
     "Where a run begins, what it writes and what it reports."
-
     output_dir: str = ""  # the run's folder; empty: a new one under runs/
     # a checkpoint of ours to go on from, with its settings where no flag says otherwise; auto: the run's newest, if any
     resume: str = ""
@@ -139,7 +134,6 @@ class RunConfig:
 @dataclass(frozen=True)
 class Config:
     "A run. A part that is left out is that of the preset `paper`, or of `shapes` where the data are the embedded set."
-
     data: DataConfig = DataConfig()
     model: ModelConfig = None
     loss: LossConfig = None

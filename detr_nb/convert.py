@@ -119,10 +119,8 @@ def _layout_of(contents: Contents) -> str:
             return "released"
         if some("backbone.body.", "backbone.stem."):
             return "detr_nb"
-    raise CheckpointError(
-        f"{contents.name} is of no layout known here (detr_nb, the released DETR, transformers' "
-        f"DetrForObjectDetection); its first tensors are {', '.join(list(contents.tensors)[:3])}"
-    )
+    raise CheckpointError(f"{contents.name} is of no layout known here (detr_nb, the released DETR, transformers' "
+                          f"DetrForObjectDetection); its first tensors are {', '.join(list(contents.tensors)[:3])}")
 
 # %% ../nbs/21_convert.ipynb #1f5aea61
 def _our_name(name: str, layout: str) -> str | None:
@@ -146,10 +144,8 @@ def our_tensors(
     layout = _layout_of(contents)
     named = {name: _our_name(name, layout) for name in contents.tensors}
     if None in named.values() and not masks:
-        _logger.warning(
-            "%s is a model with masks: the detector is loaded, the mask head (%d tensors) is left out",
-            contents.name, list(named.values()).count(None),
-        )
+        _logger.warning("%s is a model with masks: the detector is loaded, the mask head (%d tensors) is left out",
+                        contents.name, list(named.values()).count(None))
     tensors = {ours: contents.tensors[name] for name, ours in named.items() if ours}
     if layout != "detr_nb":  # frozen norms count no batches
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")}
@@ -205,10 +201,8 @@ def _read_architecture(
     learned = "position_encoding.row_embed.weight" in tensors
     found = _read_backbone(tensors, whole) | {
         "enc_layers": _count_blocks(names, "transformer.encoder.layers."),  # none is a DETR, too (table 2 of the paper)
-        "dec_layers": _count_blocks(names, stack),
-        "pre_norm": "transformer.encoder.norm.weight" in tensors,
-        "position_embedding": "learned" if learned else "sine",
-    }
+        "dec_layers": _count_blocks(names, stack), "pre_norm": "transformer.encoder.norm.weight" in tensors,
+        "position_embedding": "learned" if learned else "sine"}
     lengths = {"num_classes": "class_embed.weight", "num_queries": "query_embed.weight",
                "hidden_dim": "input_proj.weight", "dim_feedforward": stack + "0.linear1.weight"}
     for key, name in lengths.items():
@@ -226,10 +220,9 @@ def _told(contents: Contents) -> dict[str, Any]:
     rest, name = contents.rest, contents.name
     if _layout_of(contents) == "detr_nb":
         if rest.get("format") != "detr_nb" or not rest.keys() >= {"architecture", "preprocessing", "classes"}:
-            raise CheckpointError(
-                f"{name} holds tensors of ours without their settings (heads, temperature, classes), which no shape "
-                "shows: build the model yourself and call its load_state_dict, or give a checkpoint.pth of a run"
-            )
+            raise CheckpointError(f"{name} holds tensors of ours without their settings (heads, temperature, "
+                                  "classes), which no shape shows: build the model yourself and call its "
+                                  "load_state_dict, or give a checkpoint.pth of a run")
         return rest["architecture"]
     dc5 = "dc5" in re.split(r"[-_.]", Path(urlsplit(name).path).stem.lower())
     found = {"nheads": 8, "dilation": dc5, "temperature": 10000.0}
@@ -323,12 +316,9 @@ def architecture(model: DETR | SegmentationDETR) -> dict[str, Any]:
 def _check_writable(model: DETR, where: str, pre_norm: bool) -> None:
     "Raise `CheckpointError` for a model that another implementation cannot have."
     found = architecture(model)
-    wrong = {
-        "backbone='small'": found["backbone"] == "small",
-        "norm='group'": found["norm"] == "group",
-        f"temperature={found['temperature']:g}": found["temperature"] != 10000,
-        "pre_norm=True": found["pre_norm"] and not pre_norm,
-    }
+    wrong = {"backbone='small'": found["backbone"] == "small", "norm='group'": found["norm"] == "group",
+             f"temperature={found['temperature']:g}": found["temperature"] != 10000,
+             "pre_norm=True": found["pre_norm"] and not pre_norm}
     if any(wrong.values()):
         reasons = ", ".join(reason for reason, holds in wrong.items() if holds)
         raise CheckpointError(f"{where} has no model with {reasons}: save it as a checkpoint of ours")

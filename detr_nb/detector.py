@@ -10,8 +10,8 @@ from pathlib import Path
 from .checkpoints import CheckpointError
 from .drawing import PictureError, Result, Source
 from .export import check_onnx, export_onnx
-from .predict import open_detector, predict
-from .pretrained import LoadedDetector
+from .predict import predict
+from .pretrained import LoadedDetector, load_detector
 from .segmentation import SegmentationDETR
 
 # %% ../nbs/26_detector.ipynb #0fe40c67
@@ -64,9 +64,9 @@ def load(
 ) -> Detector:
     "A detector by any name, with its mask head where it has one; raises `CheckpointError`."
     try:
-        return Detector(*open_detector(source, masks=True))
+        return Detector(*load_detector(source, masks=True))
     except CheckpointError:  # no masks; or nothing at all, which is said again
-        return Detector(*open_detector(source))
+        return Detector(*load_detector(source))
 
 # %% ../nbs/26_detector.ipynb #6b357d8e
 import copy

@@ -5,7 +5,6 @@ __all__ = ['Predictions', 'MLP', 'at_least_float32', 'DETR', 'build_detr']
 
 # %% ../nbs/13_detr.ipynb #6e335822
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -142,7 +141,7 @@ def build_detr(
     dropout: float = 0.1,
     num_queries: int = 100,
     pre_norm: bool = False,
-    pretrained: bool | str | Path | None = False,  # of the backbone: ImageNet's, a file's; None: loaded by the caller
+    pretrained: bool | None = False,  # the backbone with ImageNet's weights; None: loaded by the caller
     norm: str = "frozen",  # of the backbone: "frozen", "batch" or "group"
     train_backbone: bool = True,  # False when --lr_backbone is 0
 ) -> DETR:

@@ -32,7 +32,6 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Launch:
     "What the environment says about this process and its fellows, before anything is started."
-
     rank: int = 0  # number of this process among all, 0..world_size-1
     world_size: int = 1  # how many processes there are
     local_rank: int = 0  # number of this process among those on its host
@@ -178,7 +177,6 @@ def _meet(launch: Launch, timeout: timedelta) -> dist.Store:
 @dataclass(frozen=True)
 class Process(Launch):
     "This process, as the rest of the program sees it."
-
     device: torch.device = torch.device("cpu")  # where this process computes
 
     @property

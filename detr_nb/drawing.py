@@ -315,7 +315,6 @@ def _coco_annotations(result, image_id: int, first_id: int) -> list[dict]:
 @dataclass(eq=False, repr=False)
 class Result:
     "What the model says about one picture, the surest first."
-
     name: str  # of the file within its folder, or the URL
     source: Source | bytes  # what `read_picture` reads again
     size: tuple[int, int] = (0, 0)  # (height, width) of the picture as people see it, pixels

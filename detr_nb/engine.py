@@ -61,13 +61,11 @@ def build_criterion(config: Config, num_classes: int) -> SetCriterion:
 # %% ../nbs/28_engine.ipynb #15853b2e
 def _parameter_groups(model: nn.Module, config: Config) -> list[dict]:
     "Groups with rates of their own: in the paper the backbone learns ten times slower (Carion et al. 2020, A.4)."
-    groups = {
-        "rest": {"params": [], "base_lr": config.optimizer.lr, "muon": False},
-        "backbone": {"params": [], "base_lr": config.optimizer.lr_backbone, "muon": False},
-        "masks": {"params": [], "base_lr": config.optimizer.lr_masks, "muon": False},
-        "matrices": {"params": [], "base_lr": config.optimizer.lr_muon, "muon": True},
-        "projections": {"params": [], "base_lr": config.optimizer.lr_muon, "muon": True, "parts": 3},
-    }
+    groups = {"rest": {"params": [], "base_lr": config.optimizer.lr, "muon": False},
+              "backbone": {"params": [], "base_lr": config.optimizer.lr_backbone, "muon": False},
+              "masks": {"params": [], "base_lr": config.optimizer.lr_masks, "muon": False},
+              "matrices": {"params": [], "base_lr": config.optimizer.lr_muon, "muon": True},
+              "projections": {"params": [], "base_lr": config.optimizer.lr_muon, "muon": True, "parts": 3}}
     for name, parameter in model.named_parameters():
         head = name.startswith(("mask_head.", "bbox_attention."))
         place = "masks" if head else "backbone" if "backbone" in name else "rest"

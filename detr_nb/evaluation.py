@@ -24,10 +24,11 @@ from detr_nb.coco import CocoDataset
 from detr_nb.detr import Predictions, at_least_float32
 from detr_nb.distributed import UserError, gather_objects, gather_tensors, get_logger, is_main, on_main
 
+_logger = get_logger(__name__)
+
 # %% ../nbs/16_evaluation.ipynb #02b5d2be
 class Detections(NamedTuple):
     "What DETR says about a batch, in the terms of the original images."
-
     scores: Float[Tensor, "B Q"]  # probability of the label, 0..1
     labels: Int[Tensor, "B Q"]  # 0..C-1
     boxes: Float[Tensor, "B Q 4"]  # xyxy, pixels of the original image
@@ -81,7 +82,6 @@ COCO_METRICS = ("AP", "AP50", "AP75", "APsmall", "APmedium", "APlarge",
 # %% ../nbs/16_evaluation.ipynb #fb38e626
 class _Found(NamedTuple):
     "Detections of several images, packed: what a process keeps and sends."
-
     image_ids: Int[Tensor, "B"]
     counts: Int[Tensor, "B"]  # detections of each image; they sum to D
     rows: Float[Tensor, "D 6"]  # score, label, x1, y1, x2, y2; float64
@@ -120,9 +120,6 @@ def _to_coco_table(
     score, label, x1, y1, x2, y2 = found.rows.double().unbind(-1)
     category = category_ids[label.long()].double()
     return torch.stack([image_ids.double(), x1, y1, x2 - x1, y2 - y1, score, category], dim=-1).numpy()
-
-
-_logger = get_logger(__name__)
 
 
 def _check_found(found: _Found, known_images: Int[np.ndarray, "I"]) -> None:

@@ -22,8 +22,7 @@ from torch.export import Dim, ExportedProgram
 from .batching import IMAGENET_MEAN, IMAGENET_STD
 from .detr import DETR, Predictions
 from .distributed import UserError, get_logger, user_errors
-from .predict import open_detector
-from .pretrained import LoadedDetector
+from .pretrained import LoadedDetector, load_detector
 
 _logger = get_logger(__name__)
 
@@ -161,7 +160,6 @@ def check_onnx(
 @dataclass(frozen=True)
 class _ExportSettings:
     "Write a trained detector as an ONNX file, and check the file against the model."
-
     # a run's folder, a checkpoint's file, its URL, a name such as detr_resnet50, or a folder of transformers
     weights: str
     output: Path = Path("model.onnx")  # the file to write
@@ -176,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _logger.setLevel(logging.INFO)  # of ours only: the translator tells of every step
     with user_errors(settings.verbose):
         _need("onnx", "onnxscript", *(["onnxruntime"] if settings.check else []))
-        detector = open_detector(settings.weights)
+        detector = load_detector(settings.weights)
         export_onnx(detector, settings.output)
         _logger.info("wrote %s, %.1f MB", settings.output, settings.output.stat().st_size / 1e6)
         if settings.check:

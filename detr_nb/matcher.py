@@ -67,18 +67,15 @@ def _check_cost(
     if max(counts, default=0) > queries:
         for image, count in enumerate(counts):
             if count > queries:
-                warnings.warn(
-                    f"image {int(image_ids[image])} has {count} objects but the model has {queries} queries: "
-                    f"{count - queries} objects go unmatched in each step; raise --num_queries",
-                    stacklevel=3,
-                )
+                warnings.warn(f"image {int(image_ids[image])} has {count} objects but the model has {queries} queries: "
+                              f"{count - queries} objects go unmatched in each step; raise --num_queries",
+                              stacklevel=3)
     if not np.isfinite(cost).all():
         layer, target, query = (int(index) for index in np.argwhere(~np.isfinite(cost))[0])
         image = int(np.searchsorted(np.cumsum(counts), target, side="right"))
-        raise FloatingPointError(
-            f"the matching cost is {cost[layer, target, query]} in decoder layer {layer} for query {query} of image "
-            f"{int(image_ids[image])}: logits or boxes are not finite; lower the learning rate or clip gradients"
-        )
+        raise FloatingPointError(f"the matching cost is {cost[layer, target, query]} in decoder layer {layer} for "
+                                 f"query {query} of image {int(image_ids[image])}: logits or boxes are not finite; "
+                                 "lower the learning rate or clip gradients")
 
 # %% ../nbs/14_matcher.ipynb #e815bb31
 def match(

@@ -27,6 +27,8 @@ from detr_nb.segmentation import MaskDetections, MaskEvaluator
 from detr_nb.shapes import boxes_around
 from detr_nb.shapes_set import ids_to_rgb
 
+_logger = get_logger(__name__)
+
 # %% ../nbs/19_panoptic.ipynb #b5988135
 def _row_weights(
     rows_in: int, rows_out: int
@@ -169,7 +171,6 @@ _MATCHED, _FALSE_ALARM, _MISSED = 0, 1, 2
 
 class _Verdicts(NamedTuple):
     "What became of the segments of some images, packed: what a process keeps and sends."
-
     image_ids: Int[np.ndarray, "B"]
     counts: Int[np.ndarray, "B"]  # rows of each image; they sum to R
     labels: Int[np.ndarray, "R"]  # 0..K-1
@@ -232,16 +233,10 @@ def _summarize_quality(verdicts: _Verdicts, categories: Categories, is_thing: Bo
     quality, things = _class_quality(verdicts, categories.num_classes), is_thing.numpy()
     groups = {"PQ_all": quality, "PQ_th": quality[things], "PQ_st": quality[~things]}
     percent = [-1.0 if math.isnan(pq) else 100 * pq for pq in quality[:, 0].tolist()]
-    return {
-        **{name: _mean_quality(part) for name, part in groups.items()},
-        "per_class_pq": dict(zip(categories.names, percent)),
-        "images": len(verdicts.image_ids),
-    }
+    return {**{name: _mean_quality(part) for name, part in groups.items()},
+            "per_class_pq": dict(zip(categories.names, percent)), "images": len(verdicts.image_ids)}
 
 # %% ../nbs/19_panoptic.ipynb #65cf779a
-_logger = get_logger(__name__)
-
-
 class PanopticQuality:
     "Compares segment maps with the truth on every process, and gives PQ, SQ and RQ, each image once."
 
@@ -338,7 +333,6 @@ class PanopticWriter:
 # %% ../nbs/19_panoptic.ipynb #808adb5f
 class _PanopticDetections(NamedTuple):
     "What a model with masks says about a batch of a panoptic set."
-
     detections: MaskDetections
     segments: list[Segments]  # of each image, at its original size
 

@@ -32,10 +32,11 @@ from detr_nb.seeding import sample_rng
 from detr_nb.segmentation import encode_masks
 from detr_nb.shapes import boxes_around
 
+_logger = get_logger(__name__)
+
 # %% ../nbs/18_panoptic_data.ipynb #07f2290a
 class Segments(NamedTuple):
     "An image cut into segments, none of which overlap; what none of them covers is void."
-
     pixels: Int[Tensor, "H W"]  # the id of each pixel's segment; 0 is void
     ids: Int[Tensor, "S"]  # 1..2^24-1, one for each segment of this image
     labels: Int[Tensor, "S"]  # classes 0..K-1
@@ -94,11 +95,9 @@ def _read_file(path: Path) -> _File:
     except OSError as error:
         raise DataError(f"cannot read annotations {path}: {error.strerror or error}") from error
     except msgspec.DecodeError as error:
-        raise DataError(
-            f"{path} is not in COCO's panoptic format: {error}. Each category has isthing, 1 for things that are "
-            "counted or "
-            "0 for stuff; each annotation has an image's PNG and segments_info. Is this a file of instances?"
-        ) from error
+        raise DataError(f"{path} is not in COCO's panoptic format: {error}. Each category has isthing, 1 for things "
+                        "that are counted or 0 for stuff; each annotation has an image's PNG and segments_info. Is "
+                        "this a file of instances?") from error
     images, categories = [image.id for image in file.images], [category.id for category in file.categories]
     entries = {"the ids of images": images, "the ids of categories": categories,
                "the images of annotations": [entry.image_id for entry in file.annotations]}
@@ -111,14 +110,12 @@ def _read_file(path: Path) -> _File:
     for key, ids in (("image_id", {entry.image_id for entry in file.annotations} - set(images)),
                      ("category_id", used - set(categories))):
         _require(not ids, path, f"annotations have the {key} {named(ids)}, which the file does not list. Either "
-                 "entries "
-                 "were lost or the file mixes two sets: export it again")
+                 "entries were lost or the file mixes two sets: export it again")
     return file
 
 # %% ../nbs/18_panoptic_data.ipynb #3f1520d8
 class _PanopticIndex(NamedTuple):
     "All that we keep of a panoptic file: chapter 06's index, with segments for objects, and what belongs to the PNGs."
-
     coco: CocoIndex
     segment_ids: Int[Tensor, "segments"]  # the numbers in the PNGs
     pictures: PackedBytes  # the PNG of each image; empty where the file has none
@@ -129,15 +126,11 @@ def _to_columns(segments: list[_Segment], labels: dict[int, int], offsets: Int[T
     "The segments as objects; boxes and areas are not-a-number where the file has none."
     boxes = [segment.bbox or (np.nan,) * 4 for segment in segments]
     areas = [np.nan if segment.area is None or segment.area < 0 else segment.area for segment in segments]
-    return ObjectColumns(
-        ids=torch.arange(1, len(segments) + 1),  # for pycocotools: unique in the file
-        labels=torch.tensor([labels[segment.category_id] for segment in segments], dtype=torch.int64),
-        boxes=torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4),
-        areas=torch.tensor(areas, dtype=torch.float64),
-        crowd=torch.tensor([bool(segment.iscrowd) for segment in segments], dtype=torch.bool),
-        offsets=offsets,
-        outlines=None,
-    )
+    classes = torch.tensor([labels[segment.category_id] for segment in segments], dtype=torch.int64)
+    crowd = torch.tensor([bool(segment.iscrowd) for segment in segments], dtype=torch.bool)
+    ids = torch.arange(1, len(segments) + 1)  # for pycocotools: unique in the file
+    return ObjectColumns(ids, classes, torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4),
+                         torch.tensor(areas, dtype=torch.float64), crowd, offsets, outlines=None)
 
 # %% ../nbs/18_panoptic_data.ipynb #1c5eb333
 def read_panoptic_index(path: Path | str) -> _PanopticIndex:
@@ -162,7 +155,6 @@ def read_panoptic_index(path: Path | str) -> _PanopticIndex:
 # %% ../nbs/18_panoptic_data.ipynb #e041eb17
 class _SegmentMap(NamedTuple):
     "A PNG, and what it shows of the segments that the JSON lists for it."
-
     pixels: Int[Tensor, "H W"]  # ids; 0 also where the JSON does not list the id
     rows: Int[Tensor, "S"]  # of the index
     masks: Bool[Tensor, "S H W"]
@@ -188,12 +180,10 @@ def read_map(index: _PanopticIndex, row: int, folder: Path, annotations: Path) -
     masks = pixels == index.segment_ids[rows].int()[:, None, None]
     areas, unlisted = masks.flatten(1).sum(1), []
     if len(rows) and not areas.any():
-        raise DataError(
-            f"segment map {path} has no pixel of the {len(rows)} segments that {annotations} lists for image "
-            f"{index.coco.images.ids[row]} (ids {named(index.segment_ids[rows].tolist())}); its ids are "
-            f"{named(pixels.unique().tolist())}. Is it another image's, or were its colours changed? "
-            "They mean id = R + 256 G + 65536 B"
-        )
+        raise DataError(f"segment map {path} has no pixel of the {len(rows)} segments that {annotations} lists for "
+                        f"image {index.coco.images.ids[row]} (ids {named(index.segment_ids[rows].tolist())}); its ids "
+                        f"are {named(pixels.unique().tolist())}. Is it another image's, or were its colours changed? "
+                        "They mean id = R + 256 G + 65536 B")
     if int(areas.sum()) + int((pixels == 0).sum()) < pixels.numel():
         strange = ~masks.any(0) & (pixels != 0)
         unlisted = pixels[strange].unique().tolist()
@@ -201,9 +191,6 @@ def read_map(index: _PanopticIndex, row: int, folder: Path, annotations: Path) -
     return _SegmentMap(pixels, rows, masks, areas, unlisted)
 
 # %% ../nbs/18_panoptic_data.ipynb #c060e68d
-_logger = get_logger(__name__)
-
-
 class _Omissions:
     "Counts what this process left out while it read; the log hears of the 1st, 10th, 100th ... image of each kind."
 
@@ -278,8 +265,7 @@ def _rows_with_png(dataset: PanopticDataset) -> Int[Tensor, "rows"]:
     without = dataset.index.images.ids[~there]
     if len(without):
         warnings.warn(f"{annotations}: left out {len(without)} of {len(names)} images without an entry in "
-                      "'annotations' "
-                      f"(image ids {named(without.tolist())})", DataWarning, stacklevel=3)
+                      f"'annotations' (image ids {named(without.tolist())})", DataWarning, stacklevel=3)
     return there.nonzero()[:, 0]
 
 

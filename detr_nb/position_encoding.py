@@ -37,9 +37,8 @@ def _normalized_places(
 def _check_width(hidden_dim: int, parts: int) -> None:
     "Raise `ValueError` unless the width splits into `parts` equal parts."
     if hidden_dim <= 0 or hidden_dim % parts:
-        raise ValueError(
-            f"hidden_dim must be a positive multiple of {parts} for this position encoding, got {hidden_dim}"
-        )
+        raise ValueError(f"hidden_dim must be a positive multiple of {parts} for this position encoding, got "
+                         f"{hidden_dim}")
 
 # %% ../nbs/11_position_encoding.ipynb #cfaa0702
 def _join_axes(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from detr_nb.checkpoints import CheckpointError, Contents, read_source, settings_changed
 from detr_nb.convert import architecture, known_architecture, load_model, our_tensors
@@ -18,17 +19,8 @@ from detr_nb.distributed import UserError
 from detr_nb.segmentation import SegmentationDETR
 
 # %% ../nbs/22_pretrained.ipynb #94e501f4
-COCO_NAMES = tuple(
-    "N/A,person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,N/A,stop sign,"
-    "parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,N/A,backpack,umbrella,N/A,N/A,"
-    "handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,"
-    "tennis racket,bottle,N/A,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,"
-    "hot dog,pizza,donut,cake,chair,couch,potted plant,bed,N/A,dining table,N/A,N/A,toilet,N/A,tv,laptop,mouse,"
-    "remote,keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,N/A,book,clock,vase,scissors,teddy bear,"
-    "hair drier,toothbrush".split(",")
-)  # by COCO's category id, 0..90, as the released models count; 11 ids are not used
-
-
+# by COCO's category id, 0..90, as the released models count; 11 ids are not used, and 0, torchvision's background
+COCO_NAMES = ("N/A", *FasterRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"][1:])
 _COCO_STUFF = {
     92: "banner", 93: "blanket", 95: "bridge", 100: "cardboard", 107: "counter", 109: "curtain", 112: "door-stuff",
     118: "floor-wood", 119: "flower", 122: "fruit", 125: "gravel", 128: "house", 130: "light", 133: "mirror-stuff",
@@ -78,7 +70,7 @@ class LoadedDetector(NamedTuple):
 
 # %% ../nbs/22_pretrained.ipynb #01d199c5
 def load_detector(
-    source: str | Path | Mapping,  # a path, an address, a name such as "detr_resnet50", or the loaded checkpoint
+    source: str | Path | Mapping,  # a path, a run's folder, an address, a name such as "detr_resnet50", contents
     masks: bool = False,  # with the mask head, of ours or of the released code; there must be one
 ) -> LoadedDetector:
     "Any checkpoint, of ours, of the released code or of transformers, ready to be used; raises `CheckpointError`."

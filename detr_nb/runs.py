@@ -231,13 +231,11 @@ def save(run: Run, name: str = "") -> None:
     classes = {"ids": [int(i) for i in dataset.categories.ids], "names": list(dataset.categories.names)}
     if getattr(dataset, "is_thing", None) is not None:  # of a panoptic set
         classes["is_thing"] = dataset.is_thing.tolist()
-    state = {
-        "format": "detr_nb", "version": 1, "epoch": run.epoch, "batch": run.batch, "step": run.step,
-        "images_per_batch": run.images_per_batch, "best_ap": run.best_ap, "config": run.config.flat(),
-        "scaler": scaler.state_dict() if scaler else None, "processes": gather_objects(own), **_learned(run),
-        "logs": {log: (run.folder / log).stat().st_size for log in LOGS if (run.folder / log).exists()},
-        "classes": classes, "code_version": code_version(),
-    }  # fmt: skip
+    state = {"format": "detr_nb", "version": 1, "epoch": run.epoch, "batch": run.batch, "step": run.step,
+             "images_per_batch": run.images_per_batch, "best_ap": run.best_ap, "config": run.config.flat(),
+             "scaler": scaler.state_dict() if scaler else None, "processes": gather_objects(own), **_learned(run),
+             "logs": {log: (run.folder / log).stat().st_size for log in LOGS if (run.folder / log).exists()},
+             "classes": classes, "code_version": code_version()}
     if run.process.is_main:
         if isinstance(run.bare_model, DETR | SegmentationDETR):
             state |= {"architecture": architecture(run.bare_model), "preprocessing": preprocessing(run.config)}

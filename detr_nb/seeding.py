@@ -63,12 +63,10 @@ def capture_generators() -> dict[str, Any]:
     version, words, gauss = random.getstate()
     numpy = np.random.get_state(legacy=False)  # noqa: NPY002
     key = torch.from_numpy(numpy["state"]["key"].astype(np.int64))
-    state = {
-        "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
-        "numpy": {"key": key, "pos": int(numpy["state"]["pos"])}
-        | {"has_gauss": int(numpy["has_gauss"]), "gauss": float(numpy["gauss"])},
-        "torch": torch.get_rng_state(),
-    }
+    state = {"python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
+             "numpy": {"key": key, "pos": int(numpy["state"]["pos"])}
+             | {"has_gauss": int(numpy["has_gauss"]), "gauss": float(numpy["gauss"])},
+             "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()  # of the device of this process
     return state

@@ -68,7 +68,6 @@ def _convolve_enlarged(
 # %% ../nbs/17_segmentation.ipynb #21d2e155
 class _MaskLayers(nn.Module):
     "The layers of the mask head under the released names; five convolutions, each half as wide as the one before."
-
     attention_gain = 32.0  # on the attention's weights in a new `lay1`: what they multiply is far smaller than features
 
     def __init__(
@@ -208,7 +207,6 @@ def _paint_kept(
 # %% ../nbs/17_segmentation.ipynb #306f92ca
 class SegmentationDETR(nn.Module):
     "A DETR whose queries also paint: the detector, attention maps, and the mask head (Carion et al. 2020, sec. 4.3)."
-
     at_once = 64  # masks painted together when predicting; the memory that the head needs grows with it
 
     def __init__(

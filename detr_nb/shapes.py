@@ -20,7 +20,6 @@ STUFF = {21: "stripes", 24: "checks", 25: "dots", 30: "grain"}
 # %% ../nbs/04_shapes.ipynb #f1b9c592
 class Scene(NamedTuple):
     "One drawn image and everything that is true about it."
-
     image: UInt8[Tensor, "3 H W"]
     boxes: Float[Tensor, "N 4"]  # xyxy in pixels, tight around the visible part
     labels: Int[Tensor, "N"]  # 0..5, the position in CATEGORIES
@@ -31,7 +30,6 @@ class Scene(NamedTuple):
 # %% ../nbs/04_shapes.ipynb #ba8a8fc0
 class _Pose(NamedTuple):
     "Where a shape lies and how it is turned and stretched."
-
     x: float  # centre, pixels
     y: float
     radius: float  # pixels, of the circle that the unstretched shape fits in
@@ -303,10 +301,8 @@ def _place_crowd(canvas: _Canvas, label: int) -> None:
     canvas.begin(label, _Pose(x, y, spread, 1.0, 0.0), crowd=True)
     for _ in range(rng.integers(7, 13)):
         angle, radius = rng.uniform(0, 2 * np.pi), spread * np.sqrt(rng.random())
-        member = _Pose(
-            x + radius * np.cos(angle), y + radius * np.sin(angle),
-            rng.uniform(4, 7), rng.uniform(0.65, 1), rng.uniform(0, 2 * np.pi),
-        )
+        member = _Pose(x + radius * np.cos(angle), y + radius * np.sin(angle),
+                       rng.uniform(4, 7), rng.uniform(0.65, 1), rng.uniform(0, 2 * np.pi))
         area, distance = canvas.outline(label, member)
         if (distance <= 0).any():
             canvas.fill(area, distance)
@@ -350,14 +346,10 @@ def _finish(canvas: _Canvas) -> Scene:
     noise = rng.standard_normal(canvas.picture.shape, dtype=np.float32) * rng.uniform(2, 10)
     picture = np.clip(canvas.picture * light[..., None] + noise, 0, 255).round().astype(np.uint8)
     masks = canvas.owner == np.arange(1, len(canvas.labels) + 1)[:, None, None]
-    return Scene(
-        image=torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1))),
-        boxes=torch.from_numpy(boxes_around(masks).astype(np.float32)),
-        labels=torch.tensor(canvas.labels, dtype=torch.int64),
-        masks=torch.from_numpy(masks),
-        crowd=torch.tensor(canvas.crowd, dtype=torch.bool),
-        stuff=torch.from_numpy(canvas.stuff),
-    )
+    return Scene(image=torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1))),
+                 boxes=torch.from_numpy(boxes_around(masks).astype(np.float32)),
+                 labels=torch.tensor(canvas.labels, dtype=torch.int64), masks=torch.from_numpy(masks),
+                 crowd=torch.tensor(canvas.crowd, dtype=torch.bool), stuff=torch.from_numpy(canvas.stuff))
 
 # %% ../nbs/04_shapes.ipynb #02ac90d1
 def boxes_around(masks: Bool[np.ndarray, "N H W"]) -> Int[np.ndarray, "N 4"]:

@@ -8,10 +8,7 @@ __all__ = ['RUNNING_INDEX', 'VERSION', 'ids_to_rgb', 'segments_of', 'write_shape
 # %% ../nbs/05_shapes_set.ipynb #4762504e
 import json
 import multiprocessing
-import os
 import shutil
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
@@ -20,13 +17,11 @@ import torch
 from filelock import FileLock
 from jaxtyping import Bool, Int, UInt8
 from PIL import Image
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-# %% ../nbs/05_shapes_set.ipynb #e7a80dfd
-from .distributed import get_logger, is_main
+from .distributed import is_main
 from .shapes import CATEGORIES, STUFF, Scene, boxes_around, draw_scene
-
-_logger = get_logger(__name__)
 
 # %% ../nbs/05_shapes_set.ipynb #29a5e4d4
 RUNNING_INDEX = 8  # of the scene, seed 0, split "train", that the chapters explain things on
@@ -131,35 +126,25 @@ def _panoptic_map(scene: Scene) -> tuple[Int[np.ndarray, "H W"], list[dict]]:
     ids, entries = np.zeros(scene.stuff.shape, dtype=np.int64), []
     for number, ((category_id, mask, crowd), box) in enumerate(zip(segments, boxes), start=1):
         ids[mask] = _segment_id(number)
-        entries.append({
-            "id": _segment_id(number), "category_id": category_id, "area": int(mask.sum()),
-            "bbox": _to_xywh(*box), "iscrowd": int(crowd),
-        })
+        entries.append({"id": _segment_id(number), "category_id": category_id, "area": int(mask.sum()),
+                        "bbox": _to_xywh(*box), "iscrowd": int(crowd)})
     return ids, entries
 
 # %% ../nbs/05_shapes_set.ipynb #59b7431c
 def _scene_annotations(scene: Scene, image_id: int) -> list[dict]:
     "The scene's objects as COCO annotations; `id` is given when all images are drawn."
     category_ids, boxes = list(CATEGORIES), [_to_xywh(*box) for box in scene.boxes.tolist()]
-    return [
-        {
-            "id": None,
-            "image_id": image_id,
-            "category_id": category_ids[label],
-            "bbox": box,
-            "area": int(mask.sum()),
-            "iscrowd": int(crowd),
-            "segmentation": _run_lengths(mask) if crowd else _polygons_of(mask),
-        }
-        for label, box, mask, crowd in zip(scene.labels.tolist(), boxes, scene.masks.numpy(), scene.crowd.tolist())
-    ]
+    return [{"id": None, "image_id": image_id, "category_id": category_ids[label], "bbox": box, "area": int(mask.sum()),
+             "iscrowd": int(crowd), "segmentation": _run_lengths(mask) if crowd else _polygons_of(mask)}
+            for label, box, mask, crowd in zip(scene.labels.tolist(), boxes, scene.masks.numpy(), scene.crowd.tolist())]
 
 # %% ../nbs/05_shapes_set.ipynb #7ef8bd75
 _FIRST_IMAGE_ID = {"train": 1, "val": 500_001}
 
 
-def _write_scene(root: Path, seed: int, split: str, index: int) -> tuple[dict, list[dict], dict]:
+def _write_scene(root: Path, seed: int, job: tuple[str, int]) -> tuple[dict, list[dict], dict]:  # split and index
     "Draw one scene, write its picture and its panoptic PNG, and return what the annotation files say of it."
+    split, index = job
     scene = draw_scene(seed, index, split)
     image_id = _FIRST_IMAGE_ID[split] + index
     ids, segments = _panoptic_map(scene)
@@ -194,38 +179,21 @@ def _write_annotations(root: Path, split: str, drawn: list[_Drawn]) -> None:
     stuff = [{"id": key, "name": name, "supercategory": "texture", "isthing": 0} for key, name in STUFF.items()]
     common = {"info": info, "licenses": [], "images": [entry for entry, _, _ in drawn]}
     instances = {"annotations": [annotation for _, found, _ in drawn for annotation in found], "categories": things}
-    panoptic = {
-        "annotations": [entry for _, _, entry in drawn],
-        "categories": [{**thing, "isthing": 1} for thing in things] + stuff,
-    }
+    panoptic = {"annotations": [entry for _, _, entry in drawn],
+                "categories": [{**thing, "isthing": 1} for thing in things] + stuff}
     _dump({**common, **instances}, root / "annotations" / f"instances_{split}2017.json")
     _dump({**common, **panoptic}, root / "annotations" / f"panoptic_{split}2017.json")
 
 # %% ../nbs/05_shapes_set.ipynb #4c4c8e2d
 _FOLDERS = ("train2017", "val2017", "panoptic_train2017", "panoptic_val2017", "annotations")
-_DRAWN_BY_PARENT = "DETR_NB_DRAWN_BY_PARENT"  # a variable: the set that whoever started us draws
-
-
-def _write_job(root: Path, seed: int, job: tuple[str, int]) -> _Drawn:
-    "`_write_scene` with a single argument that changes, as a pool of processes wants it."
-    return _write_scene(root, seed, *job)
 
 
 def _write_scenes(root: Path, seed: int, jobs: list[tuple[str, int]], num_workers: int) -> list[_Drawn]:
-    "Write all scenes, in that many processes; when they cannot be started or one dies, in this one."
-    write = partial(_write_job, root, seed)
-    bar = partial(tqdm, total=len(jobs), desc="drawing shapes", unit="image", disable=not is_main())
-    if num_workers > 1:
-        spawn = multiprocessing.get_context("spawn")
-        os.environ[_DRAWN_BY_PARENT] = str(root)
-        try:
-            with ProcessPoolExecutor(num_workers, spawn, torch.set_num_threads, (1,)) as pool:
-                return list(bar(pool.map(write, jobs, chunksize=min(32, -(-len(jobs) // num_workers)))))
-        except BrokenProcessPool:
-            _logger.warning("a drawing process did not start or died; this process draws the data set alone")
-        finally:
-            del os.environ[_DRAWN_BY_PARENT]
-    return list(bar(map(write, jobs)))
+    "Write all scenes, in that many processes where the system can fork them, else in this one."
+    several = num_workers > 1 and multiprocessing.get_start_method() != "spawn"
+    workers = dict(num_workers=num_workers, multiprocessing_context="fork") if several else {}
+    scenes = DataLoader(jobs, batch_size=None, collate_fn=partial(_write_scene, root, seed), **workers)
+    return list(tqdm(scenes, desc="drawing shapes", unit="image", disable=not is_main()))
 
 # %% ../nbs/05_shapes_set.ipynb #14a8ebe6
 def _fill_folder(root: Path, manifest: dict, num_workers: int | None) -> None:
@@ -257,10 +225,9 @@ def _check_replaceable(root: Path) -> None:
     found = sorted(path.name for path in root.iterdir()) if root.is_dir() else [root.name] if root.exists() else []
     foreign = [name for name in found if name not in (*_FOLDERS, "shapes.json")]
     if foreign or (found and "shapes.json" not in found):
-        raise FileExistsError(
-            f"{root} holds something else than a shapes data set ({', '.join(foreign[:3]) or 'no shapes.json'}); "
-            "it is left alone: choose another folder, or remove it yourself"
-        )
+        raise FileExistsError(f"{root} holds something else than a shapes data set "
+                              f"({', '.join(foreign[:3]) or 'no shapes.json'}); it is left alone: choose another "
+                              "folder, or remove it yourself")
 
 # %% ../nbs/05_shapes_set.ipynb #93ebec01
 def write_shapes(
@@ -278,8 +245,6 @@ def write_shapes(
     _check_replaceable(root)
     root.parent.mkdir(parents=True, exist_ok=True)
     draft = root.with_name(f".{root.name}.draft")
-    if os.environ.get(_DRAWN_BY_PARENT) == str(draft):  # a spawned process runs its script once more
-        raise RuntimeError("a script that draws in several processes begins with `if __name__ == '__main__':`")
     with FileLock(root.with_name(f".{root.name}.lock")):
         if _is_complete(root, manifest):  # another process was faster
             return root

@@ -203,11 +203,10 @@ def _report_non_finite(run: Run, batches: list[Batch], rates: list[float], error
     found = ((i, first) for i, batch in enumerate(batches) if (first := first_non_finite(*parts, batch, run.config)))
     number, culprit = next(found, (0, "nothing when the step is taken again in this process"))
     targets = batches[number].targets
-    report = {
-        "error": str(error), "first_not_finite": culprit, "epoch": run.epoch, "step": run.step, "learning_rates": rates,
-        **{name: getattr(targets, name).tolist() for name in ("image_ids", "counts", "labels", "boxes", "sizes")},
-        "last_losses": [loss for loss, _ in run.recent], "last_gradient_norms": [norm for _, norm in run.recent],
-    }  # fmt: skip
+    report = {"error": str(error), "first_not_finite": culprit, "epoch": run.epoch, "step": run.step,
+              "learning_rates": rates, "last_losses": [loss for loss, _ in run.recent],
+              "last_gradient_norms": [norm for _, norm in run.recent],
+              **{name: getattr(targets, name).tolist() for name in ("image_ids", "counts", "labels", "boxes", "sizes")}}
     path = run.folder / f"not_finite-{run.process.rank}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
     return NotFinite(f"{error} (epoch {run.epoch}, step {run.step}, image ids {report['image_ids']}). The first that "

@@ -240,9 +240,8 @@ class Transformer(nn.Module):
         super().__init__()
         if dec_layers < 1:
             raise ValueError(f"the decoder needs at least one layer to give an answer, got dec_layers={dec_layers}")
-        layer = dict(
-            width=hidden_dim, heads=nheads, dim_feedforward=dim_feedforward, dropout=dropout, pre_norm=pre_norm
-        )
+        layer = dict(width=hidden_dim, heads=nheads, dim_feedforward=dim_feedforward, dropout=dropout,
+                     pre_norm=pre_norm)
         self.encoder, self.decoder = Encoder(enc_layers, **layer), Decoder(dec_layers, **layer)
         for parameter in self.parameters():
             if parameter.dim() > 1:

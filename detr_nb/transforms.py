@@ -97,18 +97,13 @@ def crop(
     masks = None if sample.masks is None else sample.masks[:, rows, columns]
     if masks is not None:
         keep &= masks.flatten(1).any(1)
-    return sample._replace(
-        image=sample.image[:, rows, columns],
-        boxes=boxes[keep],
-        labels=sample.labels[keep],
-        masks=None if masks is None else masks[keep],
-    )
+    return sample._replace(image=sample.image[:, rows, columns], boxes=boxes[keep], labels=sample.labels[keep],
+                           masks=None if masks is None else masks[keep])
 
 # %% ../nbs/08_transforms.ipynb #823c1e94
 @dataclass(frozen=True)
 class RandomFlip:
     "Mirror the sample left to right, or top to bottom, with probability `p`."
-
     p: float = 0.5
     vertical: bool = False
 
@@ -119,7 +114,6 @@ class RandomFlip:
 @dataclass(frozen=True)
 class Resize:
     "Resize to a short side drawn from `sizes`, the long side at most (nearly, see `output_size`) `max_size`."
-
     sizes: Sequence[int]  # pixels
     max_size: int | None = None  # pixels
     exact: bool = False  # through PIL, see `resize_image`
@@ -132,38 +126,24 @@ class Resize:
         short = self.sizes[rng.integers(len(self.sizes))] if len(self.sizes) > 1 else self.sizes[0]
         return resize(sample, output_size(*sample.image.shape[-2:], short, self.max_size), self.exact)
 
-# %% ../nbs/08_transforms.ipynb #e9c4e688
-def _draw_window(
-    size: int,  # pixels of the image along one axis
-    smallest: int,  # pixels
-    largest: int,  # pixels
-    rng: np.random.Generator,
-) -> int:  # pixels of the window along this axis
-    "A length drawn evenly from `smallest..largest`, cut to what the image has."
-    largest = min(size, largest)
-    return int(rng.integers(min(smallest, largest), largest + 1))
-
 # %% ../nbs/08_transforms.ipynb #56f1fec5
 @dataclass(frozen=True)
 class RandomCrop:
     "Cut out a window with sides of `min_size..max_size` pixels at a place drawn evenly."
-
     min_size: int
     max_size: int
-    min_visible: float = 0.0  # see `crop`
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         height, width = sample.image.shape[-2:]
-        w = _draw_window(width, self.min_size, self.max_size, rng)
-        h = _draw_window(height, self.min_size, self.max_size, rng)
+        longest = (min(side, self.max_size) for side in (width, height))
+        w, h = (int(rng.integers(min(self.min_size, most), most + 1)) for most in longest)
         top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
-        return crop(sample, top, left, h, w, self.min_visible)
+        return crop(sample, top, left, h, w)
 
 # %% ../nbs/08_transforms.ipynb #7e5bfdd8
 @dataclass(frozen=True)
 class Compose:
     "One transform after another."
-
     steps: Sequence[Transform]
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
@@ -175,7 +155,6 @@ class Compose:
 @dataclass(frozen=True)
 class _Choose:
     "With probability `p` the first transform, else the second."
-
     first: Transform
     second: Transform
     p: float = 0.5
@@ -207,7 +186,6 @@ def paper_transform(
 @dataclass(frozen=True)
 class Limit:
     "Shrink an image whose long side passes `max_size` to exactly that; leave every other as it is."
-
     max_size: int  # pixels
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
@@ -221,7 +199,6 @@ class Limit:
 @dataclass(frozen=True)
 class _RandomZoom:
     "Cut out a window with a random share of both sides and resize it back: objects grow, the size stays."
-
     smallest: float = 0.7  # share of the sides, in (0, 1]
     min_visible: float = 0.1  # see `crop`
 
@@ -243,19 +220,12 @@ class _ShuffleColors:
 # %% ../nbs/08_transforms.ipynb #9d584004
 def laptop_transform(
     train: bool,  # flip, zoom and recolour at random, or only the size
-    short_side: int | Sequence[int] | None = None,  # pixels, drawn from where several; None leaves the image's size
+    short_side: int | None = None,  # pixels; None leaves the image's size
     max_size: int = 160,  # pixels, limit for the long side
-    zoom: float = 0.7,  # smallest share of the sides that a zoom keeps, in (0, 1]; 1 for no zoom
-    zoom_chance: float = 0.5,  # probability of a zoom
 ) -> Transform:
     "For small images of shapes: flip both ways, half of the time a light zoom, colours exchanged, little padding."
-    if short_side is None:
-        size = Limit(max_size)
-    else:
-        sizes = [short_side] if isinstance(short_side, int) else list(short_side)
-        size = Resize(sizes if train else [max(sizes)], max_size)
+    size = Limit(max_size) if short_side is None else Resize([short_side], max_size)
     if not train:
         return size
-    chance = zoom_chance if zoom < 1 else 0.0
     flips = RandomFlip(0.5), RandomFlip(0.5, vertical=True)
-    return Compose([size, *flips, _Choose(_RandomZoom(zoom), Compose([]), chance), _ShuffleColors()])
+    return Compose([size, *flips, _Choose(_RandomZoom(), Compose([]), 0.5), _ShuffleColors()])

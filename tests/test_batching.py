@@ -157,7 +157,7 @@ def test_any_image_through_any_recipe_becomes_a_sound_batch(height, width, count
     image = torch.from_numpy(rng.integers(0, 256, (3, height, width), dtype=np.uint8))
     sample = Sample(image, torch.arange(count), boxes, 1, (height, width))
     recipes = [paper_transform(True, scale=0.2), paper_transform(False, scale=0.2), laptop_transform(True),
-               laptop_transform(True, short_side=(64, 96), max_size=128)]
+               laptop_transform(True, short_side=96, max_size=128)]
     batch = collate([recipe(sample, np.random.default_rng(seed)) for recipe in recipes])
     targets = batch.targets
     assert targets.counts.sum() == len(targets.boxes) == len(targets.labels)

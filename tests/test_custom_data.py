@@ -15,9 +15,8 @@ from detr_nb.checkpoints import load_checkpoint
 from detr_nb.coco import CocoDataset, open_coco
 from detr_nb.config import read_command_line
 from detr_nb.convert import architecture
-from detr_nb.detr import build_detr
 from detr_nb.evaluation import CocoEvaluator, Detections
-from detr_nb.finetune import Vitals, advise, cautions, model_flags, suggest, vitals
+from detr_nb.finetune import Vitals, advise, cautions, suggest, vitals
 from detr_nb.predict import PredictSettings, write_predictions
 from detr_nb.pretrained import load_detector
 from detr_nb.runs import ask_checkpoint
@@ -280,14 +279,3 @@ def test_what_cannot_be_described_is_refused_in_one_message(tmp_path):
 def test_weights_that_are_not_there_are_not_suggested(export):
     with pytest.raises(SystemExit, match="CheckpointError: .*typo.pth"):
         finetune.main([str(export), "--weights", "typo.pth"])
-
-
-@pytest.mark.parametrize("changes", [{}, {"pre_norm": True, "nheads": 4}, {"backbone": "resnet18", "dilation": False}])
-def test_a_model_s_flags_build_that_model(changes):
-    model = build_detr(3, **{"backbone": "small", "norm": "group", "hidden_dim": 32, "nheads": 2, "enc_layers": 1,
-                             "dec_layers": 2, "dim_feedforward": 48, "temperature": 20.0, **changes})  # fmt: skip
-    words = ["--coco_path", "x", "--no_pretrained", *model_flags(architecture(model))]
-    known = read_command_line(words)[0].flat()
-    wanted = {{"norm": "backbone_norm"}.get(name, name): value for name, value in architecture(model).items()}
-    del wanted["num_classes"], wanted["num_queries"]  # of the data, and of the rule above
-    assert {name: known[name] for name in wanted} == wanted
