@@ -228,8 +228,9 @@ def _repeated(values: Sequence) -> list:
 def _require_unique(ids: np.ndarray, name: str, path: Path) -> None:
     "Raise DataError when an id occurs twice."
     if twice := _repeated(ids.tolist()):
-        raise DataError(f"{path}: {len(ids) - len(set(ids.tolist()))} of {len(ids)} {name} repeat an id that another one "
-                        f"has: {named(twice)}. Ids must be unique: number the {name} anew")
+        number = len(ids) - len(set(ids.tolist()))
+        raise DataError(f"{path}: {number} of {len(ids)} {name} repeat an id that another one has: {named(twice)}. "
+                        f"Ids must be unique: number the {name} anew")
 
 # %% ../nbs/06_annotations.ipynb #602cd363
 def _find_heading(categories: list[_Category], used: np.ndarray) -> _Category | None:

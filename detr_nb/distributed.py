@@ -325,9 +325,9 @@ def user_errors(verbose: bool = False) -> Iterator[None]:
     except (UserError, FloatingPointError) as error:
         if verbose:
             raise
-        kind, first = type(error).__name__, True
-        with suppress(RuntimeError):  # who keeps the store is gone
-            first = "store" not in _GROUP or _GROUP["store"].add("user_errors", 1) == 1
+        kind, first = type(error).__name__, "store" not in _GROUP
+        with suppress(RuntimeError):  # who keeps the store is gone, and has said it
+            first = first or _GROUP["store"].add("user_errors", 1) == 1
         message = str(error).rpartition(f"{kind}: ")[2]  # that of a loader's worker comes with a traceback in its text
         raise SystemExit(f"{kind}: {message.strip()}" if first else 1) from None
 

@@ -57,7 +57,10 @@ def spawn(
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # port 0: the system picks a free one
     with tempfile.TemporaryDirectory() as folder:
         task = (folder, store.port, num_processes, function, args)
-        started, end = multiprocessing.spawn(_run_task, task, num_processes, join=False), time.monotonic() + timeout_s
+        multiprocessing.set_forkserver_preload(["detr_nb.train"])  # imported once, where there is such a server
+        how = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+        started = multiprocessing.start_processes(_run_task, task, num_processes, join=False, start_method=how)
+        end = time.monotonic() + timeout_s
         try:
             while not started.join(max(0.0, end - time.monotonic())):
                 if time.monotonic() > end:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from book_demos import spawn
+from child import Child
 from torch.utils.data import DataLoader
 
 from detr_nb.distributed import (
@@ -72,8 +73,10 @@ def slurm_environ(rank: int, tasks: int, job: int, **more: str) -> dict[str, str
     return clean_environ(**{name: str(value) for name, value in given.items()}, **more)
 
 
-def open_process(environ: dict[str, str], *command: str) -> subprocess.Popen:
-    "A process whose output we read; the caller waits for it."
+def open_process(environ: dict[str, str], *command: str) -> subprocess.Popen | Child:
+    "A process whose output we read; the caller waits for it. A launcher's is a new Python."
+    if command[0] != "-m":
+        return Child(command, environ)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, *command], env=environ, **pipes)
 
@@ -231,7 +234,7 @@ BY_ACCELERATE = (*ACCELERATE, str(ROOT / "configs/accelerate/two_cpu.yaml"))
     [
         pytest.param(TORCHRUN, "raise KeyError('a label')", marks=pytest.mark.slow),
         (TORCHRUN, "raise UserError('no folder')"),
-        (TORCHRUN, "os.kill(os.getpid(), 9)"),
+        pytest.param(TORCHRUN, "os.kill(os.getpid(), 9)", marks=pytest.mark.slow),
         (BY_ACCELERATE, "raise KeyError('a label')"),
     ],
 )

@@ -79,7 +79,8 @@ def written(checkpoint: Path, folder: Path) -> Path:
     return output
 
 
-@pytest.mark.parametrize("name", some("small"))
+@pytest.mark.slow  # chapter 25 writes and checks a file of the small model each time
+@pytest.mark.parametrize("name", MODELS)
 def test_the_file_says_what_the_model_says(name: str, written: Path, folder: Path, ledger: Ledger) -> None:
     "And one that says something else is seen."
     model = build(name)
@@ -101,7 +102,7 @@ def test_the_file_says_what_the_model_says(name: str, written: Path, folder: Pat
         check_onnx(model, path)
 
 
-@pytest.mark.parametrize("name", some("small-learned", "R50"))
+@pytest.mark.parametrize("name", some("small-learned"))
 def test_the_recorded_program_says_what_the_model_says(name: str, ledger: Ledger) -> None:
     model = build(name)
     program = export_program(model).module()
@@ -114,6 +115,7 @@ def test_the_recorded_program_says_what_the_model_says(name: str, ledger: Ledger
                 ledger.compare("exported program", ours, theirs[-1], TORCH)
 
 
+@pytest.mark.slow
 def test_the_model_stays_as_it_is() -> None:
     "In training, in float64, frozen where it was frozen; and the recording is of the finished model."
     model = build("small").double().train()
@@ -125,6 +127,7 @@ def test_the_model_stays_as_it_is() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_the_file_of_the_command_says_how_to_use_it(written: Path) -> None:
     exported = OnnxDETR(written)
     notes = {name: json.loads(exported.notes[name]) for name in ("names", "category_ids", "preprocessing", "mean")}

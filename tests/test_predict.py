@@ -252,11 +252,11 @@ def test_few_pictures_are_in_memory_at_a_time(scene, detector, monkeypatch):
 
 
 def test_processes_that_read_ahead_change_nothing(scene, detector, tmp_path):
-    "Spawned ones too: everything that they need can be pickled."
+    "Those of a server too: everything that they need can be pickled."
     paths = [*write_nine(scene, tmp_path), tmp_path / "nowhere.png"]
     alone = list(predict(paths, detector, threshold=0.0, device="cpu"))
     before = torch.multiprocessing.get_start_method()
-    torch.multiprocessing.set_start_method("spawn", force=True)
+    torch.multiprocessing.set_start_method("forkserver", force=True)
     try:
         together = list(predict(paths, detector, threshold=0.0, device="cpu", num_workers=2))
     finally:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from child import Child
 
 from detr_nb.checkpoints import CHECKPOINT, PREVIOUS
 from detr_nb.config import Config, RunConfig
@@ -43,19 +44,22 @@ MODULE = ("-m", "detr_nb.train")
 
 def start(
     shapes: Path, folder: Path, *arguments: object, program: Sequence[object] = MODULE, **environ: object
-) -> subprocess.Popen:
+) -> subprocess.Popen | Child:
     "Start a process of a run, or its launcher, alone in its process group."
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     environ = inherited | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in environ.items()}
-    command = [sys.executable, *program, "--shapes_path", shapes, "--output_dir", folder, *SMALL]
-    with open(folder.with_name(folder.name + ".out"), "a") as output:
-        return subprocess.Popen(list(map(str, [*command, *arguments])), cwd=ROOT, env=environ, stdout=output,
-                                stderr=output, start_new_session=True)
+    command = [*program, "--shapes_path", shapes, "--output_dir", folder, *SMALL, *arguments]
+    command, said = list(map(str, command)), folder.with_name(folder.name + ".out")
+    if program is MODULE:
+        return Child(command, environ, said)
+    with open(said, "a") as output:
+        return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environ, stdout=output, stderr=output,
+                                start_new_session=True)
 
 
 def start_pair(
     shapes: Path, folder: Path, *arguments: object, program: Sequence[object] = MODULE, **environ: object
-) -> list[subprocess.Popen]:
+) -> list[subprocess.Popen | Child]:
     "Start a run of two processes, as a launcher would, but without one: whoever is killed, nobody else interferes."
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -65,7 +69,7 @@ def start_pair(
     return [start(shapes, folder, *PAIR, *arguments, program=program, **own) for own in pair]
 
 
-def finish(*processes: subprocess.Popen, folder: Path) -> str:
+def finish(*processes: subprocess.Popen | Child, folder: Path) -> str:
     "Let a run come to its end; returns what it has printed since it first began."
     codes = [process.wait(timeout=PATIENCE_S) for process in processes]
     said = folder.with_name(folder.name + ".out").read_text()
@@ -73,13 +77,13 @@ def finish(*processes: subprocess.Popen, folder: Path) -> str:
     return said
 
 
-def end(process: subprocess.Popen, number: signal.Signals) -> int:
+def end(process: subprocess.Popen | Child, number: signal.Signals) -> int:
     "Send the whole group a signal, as schedulers do, and wait."
     os.killpg(process.pid, number)
     return process.wait(timeout=PATIENCE_S)
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen | None = None) -> None:
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen | Child | None = None) -> None:
     "Wait for something to come true, while a process runs."
     until = time.monotonic() + PATIENCE_S
     while not condition():
@@ -88,13 +92,13 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen | None =
         time.sleep(0.002)
 
 
-def wait_for_steps(process: subprocess.Popen, folder: Path, lines: int) -> None:
+def wait_for_steps(process: subprocess.Popen | Child, folder: Path, lines: int) -> None:
     "Wait until a run has logged so many steps."
     path = folder / "steps.jsonl"
     wait_until(lambda: path.exists() and len(path.read_text().splitlines()) >= lines, process)
 
 
-def wait_for_newer(process: subprocess.Popen, began: float, *paths: Path) -> None:
+def wait_for_newer(process: subprocess.Popen | Child, began: float, *paths: Path) -> None:
     "Wait until a running process has written one of these; what an earlier process left there does not count."
     wait_until(lambda: any(path.exists() and path.stat().st_mtime > began for path in paths), process)
 
