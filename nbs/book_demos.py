@@ -1,4 +1,4 @@
-"""Processes for the book's chapters and for tests, and what the chapters let them do: a new Python can import only what
+"""Processes for the book's chapters and for tests, and what the chapters let them do: such a process can import only what
 stands in a file."""
 import logging
 import os
