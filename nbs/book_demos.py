@@ -1,5 +1,4 @@
-"""Processes for the book's chapters and for tests, and what the chapters let them do: such a process can import only what
-stands in a file."""
+"Processes for chapters and tests, and what chapters let them do: these can import only what stands in a file."
 import logging
 import os
 import random
