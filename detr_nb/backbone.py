@@ -112,14 +112,13 @@ def _shrink_padding(
 
 # %% ../nbs/10_backbone.ipynb #bee99705
 def _check_backbone(name: str, norm: str, pretrained: bool | None) -> None:
-    "Raise `ValueError` for a combination that does not exist, saying which ones do."
+    "Raise `UserError` for a combination that does not exist, saying which ones do."
     if name not in _RESNETS:
-        raise ValueError(f"--backbone must be one of small, {', '.join(_RESNETS)}, got {name!r}")
+        raise UserError(f"--backbone must be one of small, {', '.join(_RESNETS)}, got {name!r}")
     if norm not in _NORMS:
-        raise ValueError(f"the backbone's norm must be one of {', '.join(_NORMS)}, got {norm!r}")
+        raise UserError(f"the backbone's norm must be one of {', '.join(_NORMS)}, got {norm!r}")
     if norm == "group" and pretrained:
-        raise ValueError("pretrained ResNets have batch norm: use norm='frozen' or 'batch', or pretrained=False with "
-                         "'group'")
+        raise UserError("pretrained ResNets have batch norm: use norm='frozen' or 'batch', or 'group' untrained")
 
 # %% ../nbs/10_backbone.ipynb #61e79264
 class Backbone(nn.Module):
@@ -257,7 +256,7 @@ def build_backbone(
     "The backbone of that name; warns about frozen norms over random weights, which train poorly."
     if name == "small":
         if dilation:
-            raise ValueError("--dilation is for ResNets; the small backbone has stride 16 already")
+            raise UserError("--dilation is for ResNets; the small backbone has stride 16 already")
         return SmallBackbone(trainable=trainable)
     backbone = Backbone(name, pretrained, norm, dilation, trainable)
     if norm == "frozen" and pretrained is False and trainable:

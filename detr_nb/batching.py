@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .boxes import xyxy_to_cxcywh
 from .coco import CocoDataset, Sample
+from .distributed import UserError
 from .seeding import sample_rng, seed_worker
 
 # %% ../nbs/09_batching.ipynb #12b28a47
@@ -195,8 +196,8 @@ class EpochSampler(Sampler):
         aspects: np.ndarray | None = None,  # height / width of each sample: batches are then made of like shapes
     ):
         if size < 1 or batch_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(f"EpochSampler cannot split {size} samples into batches of {batch_size} for "
-                             f"process {rank} of {world_size}")
+            raise UserError(f"EpochSampler cannot split {size} samples into batches of {batch_size} for "
+                            f"process {rank} of {world_size}")
         self.size, self.batch_size, self.rank, self.world_size = size, batch_size, rank, world_size
         self.seed, self.shuffle, self.drop_last = seed, shuffle, shuffle if drop_last is None else drop_last
         self.aspects, self.epoch, self.start_batch = aspects, 0, 0

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .backbone import Features, build_backbone
+from .distributed import UserError
 from .position_encoding import build_position_encoding
 from .transformer import Transformer
 
@@ -73,7 +74,7 @@ class DETR(nn.Module):
     ):
         super().__init__()
         if num_classes < 1 or num_queries < 1:
-            raise ValueError(f"DETR needs at least one class and one query, got {num_classes=} and {num_queries=}")
+            raise UserError(f"DETR needs at least one class and one query, got {num_classes=} and {num_queries=}")
         width = transformer.decoder.norm.normalized_shape[0]
         self.backbone, self.transformer, self.position_encoding = backbone, transformer, position_encoding
         self.input_proj = nn.Conv2d(backbone.num_channels, width, kernel_size=1)

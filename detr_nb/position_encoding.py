@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from .distributed import UserError
+
 # %% ../nbs/11_position_encoding.ipynb #91a902ce
 def sine_code(
     places: Float[Tensor, "*grid"],  # coordinates along one axis, up to 2 pi
@@ -35,10 +37,10 @@ def _normalized_places(
 
 # %% ../nbs/11_position_encoding.ipynb #273961f9
 def _check_width(hidden_dim: int, parts: int) -> None:
-    "Raise `ValueError` unless the width splits into `parts` equal parts."
+    "Raise `UserError` unless the width splits into `parts` equal parts."
     if hidden_dim <= 0 or hidden_dim % parts:
-        raise ValueError(f"hidden_dim must be a positive multiple of {parts} for this position encoding, got "
-                         f"{hidden_dim}")
+        raise UserError(f"hidden_dim must be a positive multiple of {parts} for this position encoding, got "
+                        f"{hidden_dim}")
 
 # %% ../nbs/11_position_encoding.ipynb #cfaa0702
 def _join_axes(
@@ -123,9 +125,9 @@ def build_position_encoding(
     hidden_dim: int,  # the width of the transformer
     temperature: float = 10000.0,  # of the sine waves; the learned encoding has none
 ) -> nn.Module:
-    "The position encoding of that name; raises `ValueError` for another name."
+    "The position encoding of that name; raises `UserError` for another name."
     if kind == "sine":
         return SinePositionEncoding(hidden_dim, temperature)
     if kind == "learned":
         return LearnedPositionEncoding(hidden_dim)
-    raise ValueError(f"--position_embedding must be 'sine' or 'learned', got {kind!r}")
+    raise UserError(f"--position_embedding must be 'sine' or 'learned', got {kind!r}")

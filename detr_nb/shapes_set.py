@@ -20,7 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .distributed import is_main
+from .distributed import UserError, is_main
 from .shapes import CATEGORIES, STUFF, Scene, boxes_around, draw_scene
 
 # %% ../nbs/05_shapes_set.ipynb #29a5e4d4
@@ -221,13 +221,13 @@ def _is_complete(root: Path, manifest: dict) -> bool:
 
 
 def _check_replaceable(root: Path) -> None:
-    "Raises FileExistsError when there is something that `write_shapes` did not write."
+    "Raises UserError when there is something that `write_shapes` did not write."
     found = sorted(path.name for path in root.iterdir()) if root.is_dir() else [root.name] if root.exists() else []
     foreign = [name for name in found if name not in (*_FOLDERS, "shapes.json")]
     if foreign or (found and "shapes.json" not in found):
-        raise FileExistsError(f"{root} holds something else than a shapes data set "
-                              f"({', '.join(foreign[:3]) or 'no shapes.json'}); it is left alone: choose another "
-                              "folder, or remove it yourself")
+        raise UserError(f"{root} holds something else than a shapes data set "
+                        f"({', '.join(foreign[:3]) or 'no shapes.json'}); it is left alone: choose another folder, or "
+                        "remove it yourself")
 
 # %% ../nbs/05_shapes_set.ipynb #93ebec01
 def write_shapes(
@@ -237,7 +237,7 @@ def write_shapes(
     seed: int = 0,
     num_workers: int | None = None,  # processes that draw; None: as many as torch has threads and the work suggests
 ) -> Path:
-    "Draw the data set into `root` in COCO layout, or do nothing when it is there; raises FileExistsError."
+    "Draw the data set into `root` in COCO layout, or do nothing when it is there; raises UserError."
     root = Path(root).absolute()
     manifest = {"version": VERSION, "seed": seed, "num_train": num_train, "num_val": num_val}
     if _is_complete(root, manifest):

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from .distributed import UserError
+
 # %% ../nbs/12_transformer.ipynb #ad35eb98
 def _split_heads(x: Float[Tensor, "B S D"], heads: int) -> Float[Tensor, "B h S d"]:
     "Each head's share of the channels, D = h d; a view, nothing is copied."
@@ -35,7 +37,7 @@ class _Projections(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         if width % heads:
-            raise ValueError(f"a width of {width} channels cannot be split evenly over {heads} heads")
+            raise UserError(f"a width of {width} channels cannot be split evenly over {heads} heads")
         self.width, self.heads = width, heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))  # rows: for queries, for keys, for values
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
@@ -239,7 +241,7 @@ class Transformer(nn.Module):
     ):
         super().__init__()
         if dec_layers < 1:
-            raise ValueError(f"the decoder needs at least one layer to give an answer, got dec_layers={dec_layers}")
+            raise UserError(f"the decoder needs at least one layer to give an answer, got dec_layers={dec_layers}")
         layer = dict(width=hidden_dim, heads=nheads, dim_feedforward=dim_feedforward, dropout=dropout,
                      pre_norm=pre_norm)
         self.encoder, self.decoder = Encoder(enc_layers, **layer), Decoder(dec_layers, **layer)

@@ -118,10 +118,6 @@ class Resize:
     max_size: int | None = None  # pixels
     exact: bool = False  # through PIL, see `resize_image`
 
-    def __post_init__(self):
-        if not self.sizes or min(self.sizes) < 1 or (self.max_size is not None and self.max_size < 1):
-            raise ValueError(f"Resize needs sizes of at least one pixel, got {self.sizes} and max_size={self.max_size}")
-
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         short = self.sizes[rng.integers(len(self.sizes))] if len(self.sizes) > 1 else self.sizes[0]
         return resize(sample, output_size(*sample.image.shape[-2:], short, self.max_size), self.exact)

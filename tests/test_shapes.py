@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from detr_nb import shapes_set
+from detr_nb.distributed import UserError
 from detr_nb.shapes import draw_scene
 from detr_nb.shapes_set import RUNNING_INDEX, write_shapes
 
@@ -135,7 +136,7 @@ def test_a_folder_with_other_files_is_never_touched(tmp_path, beside_a_set):
         write_shapes(root, num_train=2, num_val=1, num_workers=1)
     root.mkdir(exist_ok=True)
     (root / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match=r"thesis\.tex"):
+    with pytest.raises(UserError, match=r"thesis\.tex"):
         write_shapes(root, num_train=3, num_val=1, num_workers=1)
     assert (root / "thesis.tex").read_text() == "years of work"
 

@@ -326,12 +326,18 @@ def test_what_is_wrong_with_a_command_is_said_once_by_all_processes_together(arg
         (["--coco_path", "no/such/folder"], ["no/such/folder"]),
         (["--resume", "no/such/file.pth"], ["no/such/file.pth", "no such file"]),
         (["--resume", __file__], ["test_train.py", "not a checkpoint"]),
+        (["--shapes_path", ROOT / "tests"], ["tests holds something else"]),
+        (["--nheads", 3], ["over 3 heads"]),
+        (["--num_queries", 0], ["at least one class and one query"]),
+        (["--batch_size", 0], ["batches of 0"]),
+        (["--dilation"], ["--dilation is for ResNets"]),
+        (["--backbone", "resnet18", "--backbone_norm", "group", "--pretrained"], ["ResNets have batch norm"]),
     ],
 )
 def test_bad_input_ends_in_one_message(arguments, words, shapes, tmp_path, here):
-    extra = [] if "--coco_path" in arguments else ["--shapes_path", shapes]
-    model = ["--backbone", "small", "--no_pretrained"]
-    here(*arguments, *extra, *model, "--output_dir", tmp_path, *SMALL, fails=True)
+    usual = ["--backbone", "small", "--no_pretrained", "--output_dir", tmp_path, *SMALL]
+    usual += [] if "--coco_path" in arguments else ["--shapes_path", shapes]
+    here(*usual, *arguments, fails=True)
     assert all(word in here.said for word in words), here.said
 
 
