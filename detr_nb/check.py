@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import tyro
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -67,7 +67,6 @@ class _Look(NamedTuple):
 
 
 _ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # the last bytes of a whole file
-_ORIENTATION = 0x0112  # the number of EXIF's note on how to turn the picture
 
 
 def _is_whole(path: Path, kind: str, decode: bool) -> bool:
@@ -88,7 +87,7 @@ def look_at_image(path: Path, decode: bool = False) -> _Look:
     try:
         with Image.open(path) as picture:  # reads the header only
             size, kind = picture.size[::-1], picture.format
-            rotated = picture.getexif().get(_ORIENTATION, 1) in range(2, 9)
+            rotated = picture.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
     except FileNotFoundError:
         return _Look("missing")
     except Exception:  # PIL raises a dozen kinds for broken files

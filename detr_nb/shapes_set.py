@@ -190,9 +190,10 @@ _FOLDERS = ("train2017", "val2017", "panoptic_train2017", "panoptic_val2017", "a
 
 def _write_scenes(root: Path, seed: int, jobs: list[tuple[str, int]], num_workers: int) -> list[_Drawn]:
     "Write all scenes, in that many processes where the system can fork them, else in this one."
-    several = num_workers > 1 and multiprocessing.get_start_method() != "spawn"
-    workers = dict(num_workers=num_workers, multiprocessing_context="fork") if several else {}
-    scenes = DataLoader(jobs, batch_size=None, collate_fn=partial(_write_scene, root, seed), **workers)
+    settings = dict(batch_size=None, generator=torch.Generator())  # the global generator is left alone
+    if num_workers > 1 and multiprocessing.get_start_method() != "spawn":
+        settings |= dict(num_workers=num_workers, multiprocessing_context="fork")
+    scenes = DataLoader(jobs, collate_fn=partial(_write_scene, root, seed), **settings)
     return list(tqdm(scenes, desc="drawing shapes", unit="image", disable=not is_main()))
 
 # %% ../nbs/05_shapes_set.ipynb #14a8ebe6
