@@ -220,17 +220,17 @@ def _column(entries: list, key: str, kind: type = np.int64) -> np.ndarray:
     return np.fromiter(map(attrgetter(key), entries), kind, len(entries))
 
 
-def _repeated(values: Sequence) -> list:
+def _repeated(values: Sequence[str]) -> list[str]:
     "Each value that occurs more than once, once, in order."
     return [value for value, count in Counter(values).items() if count > 1]
 
 
 def _require_unique(ids: np.ndarray, name: str, path: Path) -> None:
     "Raise DataError when an id occurs twice."
-    if twice := _repeated(ids.tolist()):
-        number = len(ids) - len(set(ids.tolist()))
-        raise DataError(f"{path}: {number} of {len(ids)} {name} repeat an id that another one has: {named(twice)}. "
-                        f"Ids must be unique: number the {name} anew")
+    values, counts = np.unique(ids, return_counts=True)
+    if len(values) < len(ids):
+        raise DataError(f"{path}: {len(ids) - len(values)} of {len(ids)} {name} repeat an id that another one has: "
+                        f"{named(values[counts > 1])}. Ids must be unique: number the {name} anew")
 
 # %% ../nbs/06_annotations.ipynb #602cd363
 def _find_heading(categories: list[_Category], used: np.ndarray) -> _Category | None:

@@ -80,15 +80,16 @@ class WeightsError(UserError):
     "Pretrained weights that cannot be had or cannot be read; the message says what to do."
 
 
-def _imagenet_weights(name: str) -> dict[str, Tensor]:
-    "The paper's ImageNet weights of a ResNet, downloaded once; raises `WeightsError` when they cannot be had."
+def _load_imagenet(body: nn.Module, name: str) -> None:
+    "Fill a ResNet with the paper's ImageNet weights, downloaded once; raises `WeightsError` when they cannot be had."
     weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
     file = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
     try:
-        return weights.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
-    except Exception as error:  # no network, no such host, a refusal, a full disk, a wrong hash, a torn file
-        state = "is there but cannot be read: delete it" if file.exists() else "is not there"
-        raise WeightsError(f"no ImageNet weights for {name}: {file} {state}, and {weights.url} could not be "
+        state = weights.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
+        body.load_state_dict({key: x for key, x in state.items() if not key.startswith("fc.")})  # no classifier
+    except Exception as error:  # no network, a refusal, a full disk, a wrong hash, a torn file, another's
+        found = "is there but cannot be read: delete it" if file.exists() else "is not there"
+        raise WeightsError(f"no ImageNet weights for {name}: {file} {found}, and {weights.url} could not be "
                            f"downloaded ({type(error).__name__}: {error}). Download it where there is a network and "
                            f"put the file into {file.parent}, or start from random weights: pretrained=False "
                            "(--no_pretrained), best with norm='group'.") from error
@@ -136,8 +137,7 @@ class Backbone(nn.Module):
         _check_backbone(name, norm, pretrained)
         self.body = _resnet_body(name, norm, dilation)
         if pretrained:
-            weights = _imagenet_weights(name)
-            self.body.load_state_dict({key: x for key, x in weights.items() if not key.startswith("fc.")})
+            _load_imagenet(self.body, name)
         width = 64 * self.body.layer1[0].expansion
         self.channels, self.strides = (width, 2 * width, 4 * width, 8 * width), (4, 8, 16, 16 if dilation else 32)
         self.num_channels, self.stride = self.channels[-1], self.strides[-1]

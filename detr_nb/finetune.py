@@ -17,7 +17,7 @@ import tyro
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .checkpoints import RELEASED, CheckpointError, load_checkpoint
+from .checkpoints import RELEASED, read_source
 from .coco import CocoDataset, open_coco
 from .distributed import user_errors
 from .pretrained import load_detector
@@ -113,14 +113,13 @@ def _habits(weights: str) -> dict[str, float]:
     "What `suggest` wants to know of a checkpoint; of a released one, nothing is fetched. Raises `CheckpointError`."
     if weights in RELEASED or "://" in weights:
         return {}
-    model = load_detector(weights).model
+    contents = read_source(weights)
+    model = load_detector(contents).model
     known = {"known_queries": model.num_queries, "stride": model.backbone.stride}
-    try:
-        state = load_checkpoint(weights)
-    except CheckpointError:  # the paper's layout, or transformers': trained as the paper says, as far as we know
+    if contents.rest.get("format") != "detr_nb":  # trained as the paper says, as far as we know
         return known
-    config = state["config"]
-    learned_with = config["batch_size"] * config["accumulate"] * len(state["processes"])
+    config = contents.rest["config"]
+    learned_with = config["batch_size"] * config["accumulate"] * len(contents.rest["processes"])
     return known | {"lr": config["lr"], "lr_backbone": config["lr_backbone"], "learned_with": learned_with}
 
 # %% ../nbs/32_finetune.ipynb #dfc7de39

@@ -60,15 +60,19 @@ class Child:
             self.send_signal(signal.SIGKILL)
 
 
-def run_pair(command: Sequence[object], environ: Mapping[str, str], timeout: float = 300) -> list[tuple[int, str]]:
-    "Run a program as two processes of one run; returns the exit code and all output of each, in order of rank."
+def clean_environ(**more: str) -> dict[str, str]:
+    "The environment without what a launcher may have left there, and more."
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {k: v for k, v in os.environ.items() if k not in names and not k.startswith(("SLURM_", "ACCELERATE_"))}
+    return kept | more
+
+
+def pair_environs(**more: str) -> list[dict[str, str]]:
+    "What a launcher would tell two processes of one run, in order of rank."
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
-    command = list(map(str, command))
-    pair = [Child(command, {**environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
-    said = ["".join(child.communicate(timeout)) for child in pair]
-    return list(zip((child.returncode for child in pair), said))
+    return [clean_environ(**more, **place, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
 
 
 def _run(command: list[str], environ: dict[str, str], files: list[str]) -> None:

@@ -259,6 +259,7 @@ def test_the_suggested_command_is_one_that_trains(run, export, tmp_path, capsys)
     assert (tmp_path / "checkpoint.pth").exists()
     assert f"--lr {float(words[words.index('--lr') + 1]):g}: 0.0001 was the checkpoint's at" in text
     assert "detr_resnet50 --num_queries 100" in advise(export, "detr_resnet50", 8)  # nothing is fetched
+    assert advise(export, str(run), 4) == text.strip().replace(str(run / "best.pth"), str(run))  # by the run's folder
 
 
 def test_a_training_inside_a_program_leaves_threads_environment_and_signals_as_they_were(export, tmp_path):

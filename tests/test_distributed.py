@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import child
 import pytest
 import torch
 from book_demos import spawn
@@ -59,10 +60,10 @@ os.write(1, (json.dumps(report) + chr(10)).encode())
 
 
 def clean_environ(**more: str) -> dict[str, str]:
-    "The environment without any launcher's variables, and a path to the package."
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
-    kept = {k: v for k, v in os.environ.items() if k not in names and not k.startswith(("SLURM_", "ACCELERATE_"))}
-    return kept | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | more
+    "The environment without any launcher's variables, nor a wish for threads, and a path to the package."
+    kept = child.clean_environ(PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
+    kept.pop("OMP_NUM_THREADS", None)
+    return kept | more
 
 
 def slurm_environ(rank: int, tasks: int, job: int, **more: str) -> dict[str, str]:

@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from child import Child
+from child import Child, clean_environ, pair_environs
 
 from detr_nb.checkpoints import CHECKPOINT, PREVIOUS
 from detr_nb.config import Config, RunConfig
@@ -46,8 +45,7 @@ def start(
     shapes: Path, folder: Path, *arguments: object, program: Sequence[object] = MODULE, **environ: object
 ) -> subprocess.Popen | Child:
     "Start a process of a run, or its launcher, alone in its process group."
-    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    environ = inherited | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in environ.items()}
+    environ = clean_environ(TQDM_DISABLE="1", OMP_NUM_THREADS="1") | {k: str(v) for k, v in environ.items()}
     command = [*program, "--shapes_path", shapes, "--output_dir", folder, *SMALL, *arguments]
     command, said = list(map(str, command)), folder.with_name(folder.name + ".out")
     if program is MODULE:
@@ -61,11 +59,7 @@ def start_pair(
     shapes: Path, folder: Path, *arguments: object, program: Sequence[object] = MODULE, **environ: object
 ) -> list[subprocess.Popen | Child]:
     "Start a run of two processes, as a launcher would, but without one: whoever is killed, nobody else interferes."
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        together = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": probe.getsockname()[1]}
-    together |= environ
-    pair = [{"RANK": rank, "LOCAL_RANK": rank, **together} for rank in range(2)]
+    pair = pair_environs(**{name: str(value) for name, value in environ.items()})
     return [start(shapes, folder, *PAIR, *arguments, program=program, **own) for own in pair]
 
 

@@ -102,7 +102,6 @@ def test_an_error_while_drawing_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_a_script_without_a_main_guard_works(tmp_path, reference):
-    # spawned processes run the script again, fail there, and the first one draws alone
     process = start(tmp_path / "shapes", workers=2, script=tmp_path / "script.py")
     assert process.wait(timeout=120) == 0, process.stderr.read()
     assert contents(tmp_path / "shapes") == reference

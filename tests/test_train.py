@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 import torch
 from accelerate import DistributedType
 from book_demos import spawn
-from child import run_pair
+from child import Child, clean_environ, pair_environs
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -42,17 +41,10 @@ ACCELERATE = [
 ]  # fmt: skip
 
 
-def clean_environ() -> dict[str, str]:
-    "The environment without what a launcher may have left there."
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    return {name: value for name, value in os.environ.items() if name not in names}
-
-
 def launch(*arguments: object, launcher: list[str] = ALONE, check: bool = True) -> subprocess.CompletedProcess:
     "Run the launcher in a process of its own."
-    environ = clean_environ()
     command = [*launcher, *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environ, timeout=600)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=clean_environ(), timeout=600)
     if check and result.returncode:
         raise AssertionError(
             f"{command} ended with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-5000:]}"
@@ -62,9 +54,11 @@ def launch(*arguments: object, launcher: list[str] = ALONE, check: bool = True) 
 
 def together(*arguments: object, fails: bool = False) -> str:
     "Run the launcher as two processes; returns all that they said."
-    ends, said = zip(*run_pair(["-m", "detr_nb.train", *arguments], clean_environ()))
-    assert all(ends) if fails else not any(ends), "".join(said)[-8000:]
-    return "".join(said)
+    command = ["-m", "detr_nb.train", *map(str, arguments)]
+    pair = [Child(command, environ) for environ in pair_environs()]
+    said = "".join(text for process in pair for text in process.communicate(timeout=300))
+    assert all(bool(process.returncode) == fails for process in pair), said[-8000:]
+    return said
 
 
 class Here:
@@ -119,8 +113,12 @@ def train_on_eight(shapes: Path, folder: Path, *arguments: object) -> Path:
 
 @pytest.mark.parametrize(
     ("optimizer", "number", "rel", "pretrain_epochs", "launcher"),
-    [("adamw", 10, 1e-6, 0, ACCELERATE), ("adamw", 10, 1e-6, 1, None), ("muon", 3, 1e-4, 0, None)],
-    ids=["AdamW, by accelerate", "AdamW, the backbone alone", "Muon"],
+    [
+        pytest.param("adamw", 10, 1e-6, 0, ACCELERATE, id="AdamW, by accelerate"),
+        pytest.param("adamw", 10, 1e-6, 1, None, id="AdamW, the backbone alone"),
+        pytest.param("adamw", 10, 1e-6, 1, TORCHRUN, id="by torchrun", marks=pytest.mark.slow),
+        pytest.param("muon", 3, 1e-4, 0, None, id="Muon"),
+    ],
 )
 def test_two_processes_with_half_the_batch_give_the_losses_of_one(
     optimizer, number, rel, pretrain_epochs, launcher, shapes, tmp_path
@@ -315,8 +313,15 @@ def test_help_is_there_at_once_and_grouped():
         (["--coco_path", "nowhere"], "no such folder: nowhere"),
     ],
 )
-def test_what_is_wrong_with_a_command_is_said_once_by_all_processes_together(arguments, words):
-    said = together(*arguments, "--device", "cpu", "--no_pretrained", fails=True)
+@pytest.mark.parametrize("launcher", [None, pytest.param(TORCHRUN, marks=pytest.mark.slow)], ids=["pair", "torchrun"])
+def test_what_is_wrong_with_a_command_is_said_once_by_all_processes_together(arguments, words, launcher):
+    arguments = [*arguments, "--device", "cpu", "--no_pretrained"]
+    if launcher:
+        result = launch(*arguments, launcher=launcher, check=False)
+        assert result.returncode
+        said = result.stdout + result.stderr
+    else:
+        said = together(*arguments, fails=True)
     assert said.count(words) == 1, said
 
 
