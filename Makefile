@@ -16,6 +16,8 @@ ARGS ?=
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 # Chapters tested at the same time; each gets its share of the cores.
 WORKERS ?= $(shell echo $$(( $(CORES) < 4 ? $(CORES) : 4 )))
+# Tests run at the same time: one more than cores, since some of them wait for processes that they have started.
+TESTERS ?= $(shell echo $$(( $(WORKERS) + 1 )))
 # How `make train` starts: one process, on a GPU when there is one.
 CONFIG ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo one_gpu || echo one_cpu)
 
@@ -54,13 +56,13 @@ test: env ## run every chapter's cells as tests, then tests/
 	echo "make: running the chapters, $(WORKERS) at a time"; \
 	$(RUN_TESTS) nbdev_test --n_workers $(WORKERS) --timing; \
 	echo "make: running tests/"; \
-	$(RUN_TESTS) pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder; \
+	$(RUN_TESTS) pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder; \
 	echo "make: all chapters and tests passed in $$(( SECONDS - start )) s"
 
 test-slow: env $(RUNS) ## run the slow tests and the slow cells of the chapters as well; first trains what they read
 	@start=$$SECONDS; \
 	$(RUN_TESTS) nbdev_test --n_workers $(WORKERS) --timing --flags slow; \
-	$(RUN_TESTS) pytest -m "not book" -n $(WORKERS) --dist loadfile --no-loadscope-reorder; \
+	$(RUN_TESTS) pytest -m "not book" -n $(TESTERS) --dist loadfile --no-loadscope-reorder; \
 	echo "make: all chapters and tests, slow ones too, passed in $$(( SECONDS - start )) s"
 
 test-machines: env ## run what another machine could fail, in settings like those; SETTING=default runs one of them

@@ -271,7 +271,8 @@ def test_a_failure_on_one_rank_ends_all_and_is_shown_with_its_traceback():
 
 
 def wait_long(process):
-    "For the test below: rank 0 is done, rank 1 hangs."
+    "For the test below: once both have met, rank 0 is done, rank 1 hangs."
+    torch.distributed.barrier()
     time.sleep(600 * process.rank)
 
 
