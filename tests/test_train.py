@@ -5,6 +5,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,9 +53,9 @@ def launch(*arguments: object, launcher: list[str] = ALONE, check: bool = True) 
     return result
 
 
-def together(*arguments: object, fails: bool = False) -> str:
+def together(*arguments: object, fails: bool = False, program: Sequence[str] = ("-m", "detr_nb.train")) -> str:
     "Run the launcher as two processes; returns all that they said."
-    command = ["-m", "detr_nb.train", *map(str, arguments)]
+    command = [*program, *map(str, arguments)]
     pair = [Child(command, environ) for environ in pair_environs()]
     said = "".join(text for process in pair for text in process.communicate(timeout=300))
     assert all(bool(process.returncode) == fails for process in pair), said[-8000:]
@@ -112,28 +113,33 @@ def train_on_eight(shapes: Path, folder: Path, *arguments: object) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "number", "rel", "pretrain_epochs", "launcher"),
+    ("optimizer", "pretrain_epochs", "launcher"),
     [
-        pytest.param("adamw", 10, 1e-6, 0, ACCELERATE, id="AdamW, by accelerate"),
-        pytest.param("adamw", 10, 1e-6, 1, None, id="AdamW, the backbone alone"),
-        pytest.param("adamw", 10, 1e-6, 1, TORCHRUN, id="by torchrun", marks=pytest.mark.slow),
-        pytest.param("muon", 3, 1e-4, 0, None, id="Muon"),
+        pytest.param("adamw", 0, ACCELERATE, id="AdamW, by accelerate"),
+        pytest.param("adamw", 1, None, id="AdamW, the backbone alone"),
+        pytest.param("adamw", 1, TORCHRUN, id="by torchrun", marks=pytest.mark.slow),
+        pytest.param("muon", 0, None, id="Muon"),
     ],
 )
 def test_two_processes_with_half_the_batch_give_the_losses_of_one(
-    optimizer, number, rel, pretrain_epochs, launcher, shapes, tmp_path
+    optimizer, pretrain_epochs, launcher, shapes, tmp_path
 ):
-    "Muon lifts the rounding of sums in another order with each step, so it is compared over three only."
-    few = ["--limit_train", 8 * number, "--limit_val", 2, "--save_every", 0, "--optimizer", optimizer]
-    few += ["--pretrain_epochs", pretrain_epochs]
-    one, two = (tmp_path / name for name in ("one", "two"))
-    train_on_eight(shapes, one, *few)
-    arguments = ["--shapes_path", shapes, "--output_dir", two, "--batch_size", 4, *SMALL, *few]
-    said = launch(*arguments, launcher=launcher).stdout if launcher else together(*arguments)
+    "In float64: there the rounding of sums in another order, which training magnifies, stays below any claim."
+    program = str(ROOT / "tests/in_float64.py")
+    few = ["--limit_train", 80, "--limit_val", 2, "--save_every", 0, "--optimizer", optimizer]
+    few += ["--pretrain_epochs", pretrain_epochs, "--shapes_path", shapes, *SMALL]
+    one, two = ([*few, "--output_dir", tmp_path / name, "--batch_size", size]
+                for name, size in (("one", 8), ("two", 4)))
+    alone = Child([program, *map(str, one)], clean_environ())
+    assert alone.wait(timeout=300) == 0, alone.communicate()
+    if launcher:
+        said = launch(*two, launcher=[*launcher[:-2], program]).stdout
+    else:
+        said = together(*two, program=[program])
     assert "2 processes" in said
-    ours, theirs = (steps(folder)[:number] for folder in (two, one))
+    ours, theirs = (steps(tmp_path / name)[:10] for name in ("two", "one"))
     assert {line.get("stage") for line in ours} == ({"backbone"} if pretrain_epochs else {None})
-    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=rel)
+    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-8)
 
 
 def test_learning_happens_and_the_module_is_the_function(tmp_path):
