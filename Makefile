@@ -16,7 +16,7 @@ ARGS ?=
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 # Chapters tested at the same time; each gets its share of the cores.
 WORKERS ?= $(shell echo $$(( $(CORES) < 4 ? $(CORES) : 4 )))
-# Tests run at the same time: one more than cores, since some of them wait for processes that they have started.
+# Tests run at the same time: one more than chapters, since some of them wait for processes that they have started.
 TESTERS ?= $(shell echo $$(( $(WORKERS) + 1 )))
 # How `make train` starts: one process, on a GPU when there is one.
 CONFIG ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo one_gpu || echo one_cpu)
