@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['RELEASED', 'CHECKPOINT', 'PREVIOUS', 'CheckpointError', 'save_checkpoint', 'Contents', 'read_source',
-           'load_checkpoint', 'newest_checkpoint', 'settings_changed']
+           'load_checkpoint', 'newest_checkpoint', 'settings_changed', 'whole_state', 'load_whole_state']
 
 # %% ../nbs/20_checkpoints.ipynb #bb65c7e0
 import argparse
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from detr_nb.distributed import UserError, get_logger
 
@@ -148,25 +148,27 @@ def read_source(
 def _split(found: Any, name: str, rest: dict) -> Contents:
     "Tell the model's tensors from the rest."
     if isinstance(found, Mapping) and isinstance(found.get("model"), Mapping):
-        rest = rest | {key: value for key, value in found.items() if key != "model"}
-        found = found["model"]
+        rest = rest | {key: value for key, value in found.items() if key not in ("model", "ema")}
+        found = found.get("ema") or found["model"]  # the mean of a run's weights is what it has scored
     if not isinstance(found, Mapping) or not found or not all(isinstance(value, Tensor) for value in found.values()):
         raise CheckpointError(f"{name} holds no state dict of a model: neither tensors by name nor a 'model' with them")
     return Contents(dict(found), rest, name)
 
 
 def _beside(path: Path) -> dict:
-    "What the `config.json` says that transformers writes beside its weights."
-    file = path.with_name("config.json")
-    if path.suffix not in (".safetensors", ".bin") or not file.is_file():
-        return {}
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{file} holds no settings by name, but a {type(settings).__name__}: get it again")
-    return {"config.json": settings}
+    "What the files say that transformers writes beside its weights, each under its name."
+    found = {}
+    for file in (path.with_name("config.json"), path.with_name("preprocessor_config.json")):
+        if path.suffix not in (".safetensors", ".bin") or not file.is_file():
+            continue
+        try:
+            found[file.name] = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{file} is not JSON: {error}") from None
+        if not isinstance(found[file.name], dict):
+            kind = type(found[file.name]).__name__
+            raise CheckpointError(f"{file} holds no settings by name, but a {kind}: get it again")
+    return found
 
 
 def _file_in(folder: Path) -> Path:
@@ -181,7 +183,8 @@ def load_checkpoint(path: str | Path) -> dict:
     "A checkpoint of ours, whole, as a run wrote it; raises `CheckpointError` for anything else."
     state = _load_file(Path(path))
     if not isinstance(state, dict) or state.get("format") != "detr_nb":
-        raise CheckpointError(f"{path}: not a checkpoint of detr_nb.train; name a checkpoint.pth or best.pth of a run")
+        raise CheckpointError(f"{path}: not a checkpoint of detr_nb.train; to score it, add --eval, to learn on from "
+                              "it, use --finetune, to go on with a run, name its checkpoint.pth")
     if state.get("version") != 1:
         raise CheckpointError(f"{path} is of version {state.get('version')}, this code reads version 1: update detr_nb")
     return state
@@ -216,3 +219,27 @@ def settings_changed(
 ) -> dict[str, tuple[Any, Any]]:  # by name: what it was, what it is
     "The settings that both have and that differ."
     return {key: (saved[key], now[key]) for key in now if key in saved and saved[key] != now[key]}
+
+# %% ../nbs/20_checkpoints.ipynb #4a0a14cd
+def whole_state(model: nn.Module, optimizer: torch.optim.Optimizer, sharded: bool) -> dict[str, dict]:
+    "Weights and the optimizer's state in whole tensors; where FSDP has cut them up, on rank 0."
+    if not sharded:
+        return {"model": getattr(model, "module", model).state_dict(), "optimizer": optimizer.state_dict()}
+    import torch.distributed.checkpoint.state_dict as parts  # half a second, for FSDP only
+
+    options = parts.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights, moments = parts.get_state_dict(model, getattr(optimizer, "optimizer", optimizer), options=options)
+    return {"model": weights, "optimizer": moments}
+
+
+def load_whole_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, dict], sharded: bool) -> None:
+    "Load what `whole_state` gives."
+    if not sharded:
+        getattr(model, "module", model).load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        return
+    import torch.distributed.checkpoint.state_dict as parts
+
+    options = parts.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    parts.set_state_dict(model, getattr(optimizer, "optimizer", optimizer), model_state_dict=state["model"],
+                         optim_state_dict=state["optimizer"], options=options)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 from pycocotools import mask as run_length
 from pycocotools.coco import COCO
 from torch import Tensor
@@ -130,9 +130,11 @@ class Sample(NamedTuple):
     masks: Bool[Tensor, "N H W"] | None = None  # True where the object is
 
 # %% ../nbs/07_coco.ipynb #a80b5c6f
-def _decode_with_pil(path: Path) -> UInt8[Tensor, "3 H W"]:
+def _decode_with_pil(path: Path, upright: bool = False) -> UInt8[Tensor, "3 H W"]:
     "Decode what torchvision cannot: 16-bit, TIFF, BMP, animations (their first frame). Raises whatever PIL raises."
     with Image.open(path) as picture:
+        if upright:
+            picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I;16"):  # 16 bits of grey; PIL's own conversion would cut them off at 255
             grey = (np.asarray(picture).astype(np.uint16) >> 8).astype(np.uint8)
             picture = Image.fromarray(grey)
@@ -140,8 +142,11 @@ def _decode_with_pil(path: Path) -> UInt8[Tensor, "3 H W"]:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 # %% ../nbs/07_coco.ipynb #f79b94e8
-def read_image(path: Path | str) -> UInt8[Tensor, "3 H W"]:
-    "Decode an image file to RGB as stored, ignoring an EXIF rotation; raises DataError when it is missing or broken."
+def read_image(
+    path: Path | str,
+    upright: bool = False,  # turned as the EXIF note says; False: as stored
+) -> UInt8[Tensor, "3 H W"]:
+    "Decode an image file to RGB; raises DataError when it is missing or broken."
     try:
         data = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
     except OSError as error:
@@ -150,36 +155,38 @@ def read_image(path: Path | str) -> UInt8[Tensor, "3 H W"]:
     if raw.startswith(b"\xff\xd8") and b"\xff\xd9" not in raw:  # decoders take zeros for pixels
         raise DataError(f"image {path} ({len(raw)} bytes) is a JPEG file without an end: cut short, fetch it again")
     try:
-        image = decode_image(data, mode=ImageReadMode.RGB) if decode_image else None
+        image = decode_image(data, mode=ImageReadMode.RGB) if decode_image and not upright else None
         if image is not None and image.dtype == torch.uint8 and image.ndim == 3:
             return image
     except RuntimeError:
         pass  # not a format of torchvision's, or broken: PIL knows which
     try:
-        return _decode_with_pil(Path(path))
+        return _decode_with_pil(Path(path), upright)
     except Exception as error:  # PIL raises a dozen kinds for broken files
         raise DataError(f"cannot decode image {path} ({len(data)} bytes): {error}. It is damaged, cut short or not an "
                         "image: fetch the file again, or take it out of the annotations") from error
 
 # %% ../nbs/07_coco.ipynb #9a109f29
-def _wrong_size(path: Path, annotations: Path, image_id: int, stored: list[int], listed: list[int]) -> DataError:
-    "The error for an image that is not of the size (height, width) for which the annotations were made."
-    advice = "Use the images that the file was made for, or correct its sizes and boxes"
-    if stored == listed[::-1]:
-        advice = ("Perhaps the file has an EXIF rotation and was annotated as people see it. Pixels are read as "
-                  "stored: save the file upright (PIL.ImageOps.exif_transpose)")
-    return DataError(f"image {path} is {stored[1]}x{stored[0]} (width x height) on disk, but {annotations} lists image "
-                     f"{image_id} as {listed[1]}x{listed[0]}: its boxes belong to another picture. {advice}")
+def _read_as_listed(path: Path, annotations: Path, image_id: int, listed: tuple[int, int]) -> UInt8[Tensor, "3 H W"]:
+    "The image as stored, or upright, whichever is of the listed size (height, width); raises DataError when none is."
+    image = read_image(path)
+    if image.shape[1:] == listed:
+        return image
+    upright = read_image(path, upright=True)
+    if upright.shape[1:] == listed:
+        return upright
+    (stored, turned), (height, width) = (f"{x.shape[2]}x{x.shape[1]}" for x in (image, upright)), listed
+    how = f"{stored} (width x height) on disk" + (f", {turned} turned by its EXIF note" if turned != stored else "")
+    raise DataError(f"image {path} is {how}, but {annotations} lists image {image_id} as {width}x{height}: its boxes "
+                    "belong to another picture. Use the images that the file was made for, or correct sizes and boxes")
 
 # %% ../nbs/07_coco.ipynb #3da11265
 def read_sample(index: CocoIndex, row: int, folder: Path, annotations: Path, with_masks: bool = False) -> Sample:
     "The image in `row` of the index with its objects, crowds left out; raises DataError naming the image's file."
     images, objects = index.images, index.objects
     path = folder / images.names.item(row).decode()
-    image = read_image(path)
     image_id, (height, width) = int(images.ids[row]), images.sizes[row].tolist()
-    if image.shape[1:] != (height, width):
-        raise _wrong_size(path, annotations, image_id, [*image.shape[1:]], [height, width])
+    image = _read_as_listed(path, annotations, image_id, (height, width))
     own = torch.arange(*objects.offsets[row : row + 2].tolist())
     own = own[~objects.crowd[own]]
     inside = clip_to_image(objects.boxes[own].numpy(), np.array([[height, width]]))

@@ -34,6 +34,10 @@ class DataConfig:
     val_images: str = ""  # folder of the validation images; empty: beside their annotations
     val_annotations: str = ""  # file in COCO's format that lists the validation images
     shapes_path: str = "data/shapes"  # where the embedded set is written and read
+    split: str = "val"  # with --eval: the part of the data set that is scored, such as test
+    # of a set without a validation split: the share of its training images that is kept for it, always the same ones
+    val_share: float = 0.0
+    skip_broken: bool = False  # leave out images that are missing, cut short or damaged; else they end the run
     limit_train: int = 0  # use only this many of the training images; 0: all
     limit_val: int = 0  # use only this many of the validation images; 0: all
     # train and evaluate on this many training images, not augmented, for 600 epochs unless told otherwise; 0: all
@@ -46,8 +50,8 @@ class DataConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     "The detector."
-    # network that makes the feature map (paper: resnet50, resnet101)
-    backbone: Literal["small", "resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
+    # network that makes the feature map: small, resnet18, resnet34, or timm/NAME (paper: resnet50, resnet101)
+    backbone: str = "resnet50"
     # its norm: as it was trained, or learning over batches, or over groups of channels (paper: frozen)
     backbone_norm: Literal["frozen", "batch", "group"] = "frozen"
     pretrained: bool = True  # start the backbone from ImageNet weights (paper: yes)
@@ -102,6 +106,8 @@ class OptimizerConfig:
     batch_size: int = 2  # images per process and step (paper: 4 on each of 16 GPUs)
     group_by_shape: bool = False  # batches of images of like shape, which pad less (paper: no)
     accumulate: int = 1  # batches summed into one step (paper: 1)
+    # share that a running mean of the weights keeps at each step, as 0.9998; what is scored is the mean; 0: none
+    ema: float = 0.0
     # half precision in the model; the losses stay in float32 (paper: no)
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
 
@@ -112,7 +118,8 @@ class RunConfig:
     output_dir: str = ""  # the run's folder; empty: a new one under runs/
     # a checkpoint of ours to go on from, with its settings where no flag says otherwise; auto: the run's newest, if any
     resume: str = ""
-    eval: bool = False  # evaluate the resumed checkpoint and stop
+    # score what --resume names, then a checkpoint of any layout, a released name or a URL, and stop
+    eval: bool = False
     finetune: str = ""  # a checkpoint's path, name or URL: start from its model and weights, with a new class head
     # with --masks: a checkpoint's path, name or URL whose detector stays as it is; only the mask head learns
     frozen_weights: str = ""
@@ -124,6 +131,7 @@ class RunConfig:
     seed: int = 42  # of weights, order, augmentation and dropout (released code: 42)
     start_epoch: int = 0  # number of the first epoch
     eval_every: int = 1  # epochs between evaluations; the last epoch is always evaluated (released code: 1)
+    patience: int = 0  # evaluations without a better score, after which the run ends; 0: it goes to its last epoch
     save_every: int = 1000  # steps between checkpoints, beside the one after every epoch; 0: none between
     log_every: int = 10  # steps between lines of steps.jsonl
     report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"  # who draws curves while the run goes on
@@ -149,7 +157,8 @@ class Config:
     @property
     def embedded(self) -> bool:
         "Whether the run learns from the embedded set, because no other is named."
-        return not (self.data.coco_path or self.data.coco_panoptic_path or self.data.train_annotations)
+        return not (self.data.coco_path or self.data.coco_panoptic_path or self.data.train_annotations
+                    or self.data.val_annotations)
 
     @property
     def panoptic(self) -> bool:
@@ -183,7 +192,7 @@ PRESETS["finetune"] = PRESETS["paper"].but(
     finetune="detr_resnet50", keep_classes=True, batch_size=8, lr=7e-5, lr_backbone=7e-6, epochs=50, schedule="cosine",
 )
 _SHAPES_MASKS = dict(lr_masks=2e-3, lr_muon=0.005, warmup_steps=100, epochs=9, eval_every=9, panoptic_threshold=0.35)
-_SHAPES_MASK_HEAD = dict(lr_masks=2e-3, warmup_steps=50, epochs=3, eval_every=3)  # alone, the detector is frozen
+_SHAPES_MASK_HEAD = dict(lr_masks=2e-3, warmup_steps=45, epochs=3, eval_every=3)  # alone, the detector is frozen
 
 # %% ../nbs/27_config.ipynb #25573678
 def read_command_line(

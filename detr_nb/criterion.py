@@ -81,6 +81,12 @@ class _WeightedLosses(nn.Module):
         "The weighted sum that is differentiated."
         return sum(self.weight(name) * value for name, value in losses.items() if self.weight(name))
 
+    def named_for_log(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        "By the released log's names: `loss`, the weighted ones that it sums, `class_error`, and each as `_unscaled`."
+        weighted = {name: self.weight(name) * value for name, value in losses.items() if self.weight(name)}
+        unscaled = {f"{name}_unscaled": value for name, value in losses.items()}
+        return {"loss": self.total(losses), **weighted, "class_error": losses["class_error"], **unscaled}
+
     def normalizers(
         self, counts: Int[Tensor, "B"], num_queries: int, dtype: torch.dtype = torch.float32
     ) -> Float[Tensor, "2"]:

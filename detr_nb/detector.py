@@ -71,13 +71,13 @@ def load(
 # %% ../nbs/26_detector.ipynb #6b357d8e
 import copy
 
-import torch
-
 from .batching import make_loader
 from .coco import CocoDataset, open_coco
-from .distributed import UserError, choose_device
-from .evaluation import COCO_METRICS, CocoEvaluator, Detections, evaluation_mode, postprocess
+from .distributed import choose_device
+from .evaluation import COCO_METRICS, CocoEvaluator
+from .evaluation import evaluate as evaluate_model
 from .predict import sizing
+from .pretrained import InClassesOf
 
 # %% ../nbs/26_detector.ipynb #d7f2e449
 def evaluate(
@@ -92,17 +92,9 @@ def evaluate(
     detector = detector if isinstance(detector, Detector) else load(detector)
     dataset = copy.copy(data) if isinstance(data, CocoDataset) else open_coco(data, split)
     dataset.transform = sizing(detector.preprocessing)
-    places = {name: place for place, name in enumerate(dataset.categories.names)}
-    if not places.keys() & set(detector.names):
-        raise UserError(f"the detector knows {', '.join(detector.names[:8])}, the data set has "
-                        f"{', '.join(list(places)[:8])}: no class has the same name in both")
-    evaluator, labels = CocoEvaluator(dataset), torch.tensor([places.get(name, -1) for name in detector.names])
+    boxes_only = detector._replace(model=detector.model.detr) if detector.has_masks else detector
     device = choose_device(device, local_rank=0)
-    with evaluation_mode(detector.model.to(device)) as model:
-        for batch in make_loader(dataset, batch_size, shuffle=False, num_workers=num_workers):
-            logits, boxes, _ = (model.detr if detector.has_masks else model)(*batch.to(device)[:2])
-            scores, found, boxes = postprocess(logits[-1], boxes[-1], batch.targets.original_sizes.to(device))
-            known = labels.to(device)[found]
-            evaluator.update(batch.targets.image_ids, Detections(scores * (known >= 0), known.clamp(min=0), boxes))
-    numbers = evaluator.compute()
+    model = InClassesOf(boxes_only, dataset.categories).to(device)
+    loader = make_loader(dataset, batch_size, shuffle=False, num_workers=num_workers)
+    numbers = evaluate_model(model, loader, CocoEvaluator(dataset), device)
     return dict(zip(COCO_METRICS, numbers["coco_eval_bbox"])) | {"per_class": numbers["per_class_ap"]}

@@ -291,13 +291,13 @@ class _LossMeans:
             self.sums[name] = self.sums.get(name, 0) + torch.stack([value * weight, weight])
 
     def compute(self) -> dict[str, float]:  # on every process
-        "The means, and `loss`, their weighted total; empty when there was no batch anywhere."
+        "The means by the released log's names; empty when there was no batch anywhere."
         totals: dict[str, Tensor] = {}
         for sums in gather_objects(self.sums):
             for name, pair in sums.items():
                 totals[name] = totals.get(name, 0) + pair.double().cpu()
         means = {name: float(total / weight) if weight else 0.0 for name, (total, weight) in totals.items()}
-        return means | {"loss": float(self.criterion.total(means))} if means else {}
+        return self.criterion.named_for_log(means) if means else {}
 
 # %% ../nbs/16_evaluation.ipynb #6e2cbbd3
 def evaluate(

@@ -321,7 +321,7 @@ def write_predictions(settings: PredictSettings) -> int:
     classes = Categories(detector.names, detector.category_ids)
     files = {name: _coco_file(detector, description=name[:-5], weights=settings.weights, threshold=settings.threshold)
              for name in ("detections.json", "panoptic.json")[: 1 + settings.panoptic]}
-    coming = zip(tqdm(results, total=len(found), unit="picture"), _image_ids(names), paths)
+    coming = zip(tqdm(results, total=len(found), unit="picture", disable=None), _image_ids(names), paths)
     try:
         with ThreadPoolExecutor() as pool, logging_redirect_tqdm():
             while part := list(islice(coming, 4 * settings.batch_size)):

@@ -72,7 +72,8 @@ def pretrain_backbone(run: Run) -> None:
                             warmup_steps=50, schedule="cosine")
     classifier = _CellClassifier(run.detr.backbone, run.detr.num_classes).to(run.process.device).train()
     stage = replace(run, model=classifier, optimizer=build_optimizer(classifier, config), checkpoint=BACKBONE,
-                    accumulate=1, first_order=run.config.optimizer.epochs, averages=Averages(), recent=deque(maxlen=20))
+                    accumulate=1, first_order=run.config.optimizer.epochs, averages=Averages(), recent=deque(maxlen=20),
+                    average=None)
     if Path(run.config.run.resume).name == BACKBONE:
         resume(stage, run.config.run.resume)
     last = 1 if config.run.fast_dev_run else config.optimizer.epochs

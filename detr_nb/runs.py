@@ -24,21 +24,23 @@ import torch
 from accelerate import Accelerator, DistributedType
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .batching import Batch
 from detr_nb.checkpoints import (
-    CHECKPOINT, PREVIOUS, CheckpointError, load_checkpoint, newest_checkpoint, save_checkpoint, settings_changed,
+    CHECKPOINT, PREVIOUS, CheckpointError, Contents, load_checkpoint, load_whole_state,
+    newest_checkpoint, read_source, save_checkpoint, settings_changed, whole_state,
 )
 from .config import PRESETS, Config, code_version
-from .convert import architecture, known_architecture
+from .layouts import architecture, known_architecture
 from .criterion import SetCriterion
 from .detr import DETR
 from detr_nb.distributed import (
     Process, UserError, barrier, gather_objects, get_logger, is_main, reduce_mean, reduce_sum,
 )
-from .engine import Averages, preprocessing
+from .engine import Averages, preprocessing, rate_factor
 from .seeding import capture_generators, restore_generators
 from .segmentation import SegmentationDETR
 
@@ -50,7 +52,7 @@ LOGS = ("log.txt", "steps.jsonl")
 def _run_folders(config: Config) -> Iterator[Path]:
     "The folders that runs on a data set get, one after the other: runs/NAME, runs/NAME-2, ..."
     data = config.data
-    listed = data.train_annotations and str(Path(data.train_annotations).parent)
+    listed = (first := data.train_annotations or data.val_annotations) and str(Path(first).parent)
     name = Path(data.coco_path or data.coco_panoptic_path or listed or "shapes").resolve().name
     return (Path("runs") / (f"{name}-{number}" if number > 1 else name) for number in count(1))
 
@@ -64,7 +66,10 @@ def open_run(
     patience_s: float = 60.0,  # to wait for a run that is about to end
 ) -> tuple[Path, FileLock]:
     "The folder of this run, equal on all processes, and its lock. Raises `UserError` where another run goes on in it."
-    named = config.run.output_dir or config.run.resume and Path(config.run.resume).parent
+    named, begun = config.run.output_dir, Path(config.run.resume)
+    if config.run.resume and not named:
+        begun = begun if begun.is_dir() else begun.parent
+        named = begun if _holds_run(begun) or not config.run.eval else ""  # downloaded weights lie anywhere
     folder = Path(gather_objects(str(named or next(dropwhile(_holds_run, _run_folders(config)))))[0])
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.resolve() / ".lock", is_singleton=True)
@@ -97,18 +102,31 @@ def _set_aside(folder: Path) -> None:
 # %% ../nbs/29_runs.ipynb #52a0dd6b
 def ask_checkpoint(told: Config) -> dict[str, Any]:
     "The settings that the checkpoint brings which is resumed, or which gives the weights; `resume` among them."
-    run, known = told.run, told.flat()
+    run = told.run
     by_preset = PRESETS["finetune"].run.finetune  # which nobody typed
     if run.resume not in ("", "auto") and run.finetune not in ("", by_preset):  # with auto: to begin with, if need be
         raise UserError(f"--resume {run.resume} goes on with its own weights, and --finetune {run.finetune} would not "
                         "be read: leave one out")
     if resume := _find_checkpoint(told):
-        saved = {name: value for name, value in load_checkpoint(resume)["config"].items() if name in known}
-        return saved | {"resume": resume, "output_dir": "", "eval": False, "verbose": False}
-    if not (source := run.finetune or run.frozen_weights):
-        return {}
-    model = known_architecture(source) | {"pretrain_epochs": 0}
-    return {name: value for name, value in model.items() if name in known} | {"backbone_norm": model["norm"]}
+        saved = _settings_of(resume) if run.eval else load_checkpoint(resume)["config"]
+        saved = saved | {"resume": resume, "output_dir": "", "eval": False, "split": "val", "verbose": False}
+    elif source := run.finetune or run.frozen_weights:
+        saved = _architecture_of(source)
+    else:
+        saved = {}
+    return {name: value for name, value in saved.items() if name in told.flat()}
+
+
+def _architecture_of(source: str | Contents) -> dict[str, Any]:
+    "The settings of the model that a checkpoint of any layout holds."
+    model = known_architecture(source)
+    return model | {"backbone_norm": model["norm"], "pretrain_epochs": 0}
+
+
+def _settings_of(source: str) -> dict[str, Any]:
+    "The settings of a checkpoint that is to be scored; of another's files, those of the model."
+    contents = read_source(source)
+    return contents.rest["config"] if contents.rest.get("format") == "detr_nb" else _architecture_of(contents)
 
 
 def _find_checkpoint(told: Config) -> str:
@@ -139,9 +157,11 @@ class Run:
     batch: int = 0  # batches of this epoch that are done
     step: int = 0  # optimizer steps that were taken
     best_ap: float = -1.0
+    best_epoch: int = -1
     averages: Averages = field(default_factory=Averages)  # of this epoch
     recent: deque = field(default_factory=lambda: deque(maxlen=20))  # the last losses and norms of gradients
     speed: dict[str, float] = field(default_factory=dict)  # of the last step
+    average: AveragedModel | None = None  # of the weights
 
     @property
     def bare_model(self) -> DETR | SegmentationDETR:
@@ -177,9 +197,9 @@ def steps_of_epoch(run: Run) -> Iterator[list[Batch]]:
     if run.batch == 0:
         run.averages = Averages()
     images, waiting_since = run.images_per_batch * run.accumulate, time.perf_counter()
-    hidden = not run.process.is_main or os.environ.get("TQDM_DISABLE") == "1"
-    name, done = f"{run.checkpoint}: epoch {run.epoch}", run.batch // run.accumulate
-    bar = tqdm(total=run.steps_per_epoch, initial=done, desc=name, unit="step", leave=False, disable=hidden)
+    name, done, said = f"{run.checkpoint}: epoch {run.epoch}", run.batch // run.accumulate, time.perf_counter()
+    bar = tqdm(total=run.steps_per_epoch, initial=done, desc=name, unit="step", leave=False,
+               disable=None if run.process.is_main else True)  # None: where the output is no terminal
     batches = iter(run.train_loader)
     steps = iter(lambda: list(islice(batches, run.accumulate)), [])
     for step in islice(steps, 2 if config.fast_dev_run else None):
@@ -195,6 +215,10 @@ def steps_of_epoch(run: Run) -> Iterator[list[Batch]]:
         run.speed = {"data_time": began - waiting_since, "step_time": ended - began,
                      "images_per_second": images / (ended - waiting_since), "memory_mb": memory / 2**20}
         waiting_since = ended
+        if bar.disable and ended - said > 60:  # a line a minute stands in for the bar
+            said, done = ended, run.batch // run.accumulate
+            _logger.info("%s: step %d of %d, %.1f images/s", name, done, run.steps_per_epoch,
+                         run.speed["images_per_second"])
     bar.close()
 
 # %% ../nbs/29_runs.ipynb #fe139895
@@ -232,10 +256,13 @@ def save(run: Run, name: str = "") -> None:
     if getattr(dataset, "is_thing", None) is not None:  # of a panoptic set
         classes["is_thing"] = dataset.is_thing.tolist()
     state = {"format": "detr_nb", "version": 1, "epoch": run.epoch, "batch": run.batch, "step": run.step,
-             "images_per_batch": run.images_per_batch, "best_ap": run.best_ap, "config": run.config.flat(),
-             "scaler": scaler.state_dict() if scaler else None, "processes": gather_objects(own), **_learned(run),
+             "images_per_batch": run.images_per_batch, "best_ap": run.best_ap, "best_epoch": run.best_epoch,
+             "config": run.config.flat(), "scaler": scaler.state_dict() if scaler else None,
+             "processes": gather_objects(own), **whole_state(run.model, run.optimizer, run.is_sharded),
              "logs": {log: (run.folder / log).stat().st_size for log in LOGS if (run.folder / log).exists()},
              "classes": classes, "code_version": code_version()}
+    if run.average:
+        state |= {"ema": run.average.module.state_dict(), "ema_steps": int(run.average.n_averaged)}
     if run.process.is_main:
         if isinstance(run.bare_model, DETR | SegmentationDETR):
             state |= {"architecture": architecture(run.bare_model), "preprocessing": preprocessing(run.config)}
@@ -249,17 +276,6 @@ def save_or_warn(run: Run, name: str = "") -> None:
     except CheckpointError as error:
         _logger.error("%s. The run goes on", error)
 
-
-def _learned(run: Run) -> dict:
-    "Weights and the optimizer's state in whole tensors, also where FSDP has cut them up; on rank 0."
-    if not run.is_sharded:
-        return {"model": run.bare_model.state_dict(), "optimizer": run.optimizer.state_dict()}
-    import torch.distributed.checkpoint.state_dict as sharded  # half a second, for FSDP only
-
-    options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights, optimizer = sharded.get_state_dict(run.model, run.optimizer.optimizer, options=options)
-    return {"model": weights, "optimizer": optimizer}
-
 # %% ../nbs/29_runs.ipynb #a32a5706
 def resume(run: Run, name: str) -> None:
     "Load a checkpoint into the run; raises `UserError` where it does not fit the data or the command line."
@@ -268,37 +284,26 @@ def resume(run: Run, name: str) -> None:
     if known != wanted:
         raise UserError(f"--resume {name} knows the classes {known}, this data set has {wanted}")
     for key, (old, new) in settings_changed(state["config"], run.config.flat()).items():
-        if key not in ("resume", "eval", "output_dir", "verbose"):
+        if key not in ("resume", "output_dir", "verbose"):
             _logger.warning("--%s was %s in %s and is %s now", key, old, name, new)
     own = [{key: value for key, value in group.items() if key not in ("params", "lr")}
            for group in run.optimizer.param_groups]
     try:
-        _load_learned(run, state)
+        load_whole_state(run.model, run.optimizer, state, run.is_sharded)
+        if run.average:  # of a run that had none it begins here
+            run.average.module.load_state_dict(state.get("ema", state["model"]))
+            run.average.n_averaged.fill_(state.get("ema_steps", 0))
     except (RuntimeError, KeyError, ValueError) as error:
         raise UserError(f"--resume {name}: it does not fit the model of this command line: {error}") from None
     for group, settings in zip(run.optimizer.param_groups, own, strict=True):
         group.update(settings)
-    if not run.config.run.eval:
-        _go_on(run, state, Path(name))
-
-
-def _load_learned(run: Run, state: dict) -> None:
-    "Load the weights and, to go on, the optimizer's means and moments."
-    if run.is_sharded:
-        import torch.distributed.checkpoint.state_dict as sharded
-
-        options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
-        sharded.set_state_dict(run.model, run.optimizer.optimizer, model_state_dict=state["model"],
-                               optim_state_dict=state["optimizer"], options=options)
-        return
-    run.bare_model.load_state_dict(state["model"])
-    if not run.config.run.eval:
-        run.optimizer.load_state_dict(state["optimizer"])
+    _go_on(run, state, Path(name))
 
 # %% ../nbs/29_runs.ipynb #a33e8a96
 def _go_on(run: Run, state: dict, path: Path) -> None:
     "Put the run to where it was saved."
-    run.epoch, run.batch, run.step, run.best_ap = (state[key] for key in ("epoch", "batch", "step", "best_ap"))
+    for key in ("epoch", "batch", "step", "best_ap", "best_epoch"):
+        setattr(run, key, state.get(key, getattr(run, key)))
     if run.accelerator.scaler and state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     saved = [own["averages"] for own in state["processes"]]
@@ -318,9 +323,23 @@ def _go_on(run: Run, state: dict, path: Path) -> None:
         _logger.warning("batches of %d images were saved, they have %d now: going on at batch %d of epoch %d as step "
                         "%d", state["images_per_batch"], run.images_per_batch, run.batch, run.epoch, run.step)
     _logger.info("resumed %s: going on at batch %d of epoch %d", path, run.batch, run.epoch)
+    _compare_rates(run, state, path)
     if run.process.is_main and run.folder.resolve() == path.parent.resolve():
         for log in filter(lambda log: (run.folder / log).exists(), LOGS):  # what was written since is written again
             os.truncate(run.folder / log, min(state["logs"].get(log, 0), (run.folder / log).stat().st_size))
+
+# %% ../nbs/29_runs.ipynb #de0a350e
+def _compare_rates(run: Run, state: dict, path: Path) -> None:
+    "Say so where another schedule, or a longer one, makes the learning rate jump."
+    shape = ("lr", "epochs", "schedule", "lr_drop", "warmup_steps")
+    begun = run.config.but(**{name: state["config"][name] for name in shape})
+    before, now = (config.optimizer.lr * rate_factor(run.step, run.steps_per_epoch, config)
+                   for config in (begun, run.config))
+    if max(before, now) > max(2 * min(before, now), 1e-9):
+        _logger.warning("the learning rate goes on at %.1e, where the run of %s was at %.1e. To go on in small steps, "
+                        "keep the rate: --schedule step --lr_drop %d with a tenth of --lr and --lr_backbone. To begin "
+                        "a schedule from these weights, start a new run: --finetune %s --keep_classes", now, path,
+                        before, run.config.optimizer.epochs, path)
 
 # %% ../nbs/29_runs.ipynb #fb854483
 _REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: try again later

@@ -194,7 +194,7 @@ def _write_scenes(root: Path, seed: int, jobs: list[tuple[str, int]], num_worker
     if num_workers > 1 and multiprocessing.get_start_method() != "spawn":
         settings |= dict(num_workers=num_workers, multiprocessing_context="fork")
     scenes = DataLoader(jobs, collate_fn=partial(_write_scene, root, seed), **settings)
-    return list(tqdm(scenes, desc="drawing shapes", unit="image", disable=not is_main()))
+    return list(tqdm(scenes, desc="drawing shapes", unit="image", disable=None if is_main() else True))
 
 # %% ../nbs/05_shapes_set.ipynb #14a8ebe6
 def _fill_folder(root: Path, manifest: dict, num_workers: int | None) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from pycocotools import mask as run_length
 from pycocotools.coco import COCO
 
@@ -596,13 +596,33 @@ def test_a_size_other_than_listed_is_refused_with_both(tmp_path):
     assert "EXIF" not in str(caught.value)
 
 
-def test_a_picture_on_its_side_is_refused_with_a_hint(tmp_path):
-    data = load(tmp_path, good())
-    exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turn by 90 degrees to look at it
-    Image.new("RGB", (30, 40)).save(tmp_path / "train2017" / "three.png", exif=exif)
-    with pytest.raises(DataError, match=r"three\.png is 30x40 .* as 40x30.*exif_transpose"):
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_a_picture_that_is_listed_as_people_see_it_is_read_upright(tmp_path, orientation, kind):
+    data, exif = load(tmp_path, good()), Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "train2017" / "three.png", kind, exif=exif)
+    with Image.open(tmp_path / "train2017" / "three.png") as stored:
+        upright = np.array(ImageOps.exif_transpose(stored).convert("RGB"))
+    assert np.array_equal(data[1].image.permute(1, 2, 0), upright) and upright.shape == (30, 40, 3)
+
+
+def test_a_size_that_fits_neither_way_is_refused_with_both(tmp_path):
+    data, exif = load(tmp_path, good()), Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (30, 41)).save(tmp_path / "train2017" / "three.png", exif=exif)
+    with pytest.raises(DataError, match=r"three\.png is 30x41 .*on disk, 41x30 turned by its EXIF note, but .* 40x30"):
         data[1]
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_an_orientation_that_is_none_is_no_rotation(tmp_path, orientation, recwarn):
+    data, exif = load(tmp_path, good()), Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (40, 30)).save(tmp_path / "train2017" / "three.png", exif=exif)
+    assert data[1].image.shape == (3, 30, 40)
+    assert not [warning for warning in recwarn.list if issubclass(warning.category, DataWarning)]
 
 
 def test_pixels_are_read_as_stored_whatever_exif_says(tmp_path):

@@ -14,9 +14,9 @@ from detr_nb import finetune, train
 from detr_nb.checkpoints import load_checkpoint
 from detr_nb.coco import CocoDataset, open_coco
 from detr_nb.config import read_command_line
-from detr_nb.convert import architecture
 from detr_nb.evaluation import CocoEvaluator, Detections
 from detr_nb.finetune import Vitals, advise, cautions, suggest, vitals
+from detr_nb.layouts import architecture
 from detr_nb.predict import PredictSettings, write_predictions
 from detr_nb.pretrained import load_detector
 from detr_nb.runs import ask_checkpoint

@@ -13,10 +13,10 @@ import detr_nb
 from detr_nb import detector as detector_module
 from detr_nb.checkpoints import CheckpointError, save_checkpoint
 from detr_nb.coco import open_coco
-from detr_nb.convert import to_transformers
 from detr_nb.detr import build_detr
 from detr_nb.distributed import UserError
 from detr_nb.drawing import PictureError
+from detr_nb.layouts import to_transformers
 from detr_nb.segmentation import build_segmentation
 from detr_nb.shapes import CATEGORIES, draw_scene
 from detr_nb.shapes_set import RUNNING_INDEX, write_shapes

@@ -27,10 +27,10 @@ from torch.overrides import TorchFunctionMode
 
 from detr_nb.backbone import FrozenBatchNorm2d
 from detr_nb.batching import Targets
-from detr_nb.convert import from_released, from_transformers, to_released, to_transformers
 from detr_nb.criterion import SetCriterion
 from detr_nb.detr import DETR, Predictions, build_detr
 from detr_nb.evaluation import postprocess
+from detr_nb.layouts import from_released, from_transformers, to_released, to_transformers
 from detr_nb.matcher import Matches, match
 from detr_nb.position_encoding import LearnedPositionEncoding, SinePositionEncoding
 

@@ -10,8 +10,8 @@ from test_parity import CLASSES, build_transformers, coarse_images, list_targets
 from torch import Tensor
 
 from detr_nb.batching import Targets
-from detr_nb.convert import to_transformers
 from detr_nb.detr import Predictions, build_detr
+from detr_nb.layouts import to_transformers
 from detr_nb.matcher import Matches
 from detr_nb.segmentation import MaskCriterion, MaskHead, SegmentationDETR, mask_losses
 

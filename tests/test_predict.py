@@ -25,10 +25,10 @@ from detr_nb.backbone import FrozenBatchNorm2d
 from detr_nb.batching import one_thread
 from detr_nb.checkpoints import CheckpointError, save_checkpoint
 from detr_nb.coco import Sample, read_image
-from detr_nb.convert import to_released
 from detr_nb.detr import build_detr
 from detr_nb.distributed import UserError
 from detr_nb.drawing import PictureError, Result, draw_objects, find_font, read_picture
+from detr_nb.layouts import to_released
 from detr_nb.panoptic_data import read_map, read_panoptic_index
 from detr_nb.predict import find_pictures, main, predict
 from detr_nb.pretrained import LoadedDetector, Preprocessing, load_detector
