@@ -156,8 +156,7 @@ class Run:
     epoch: int = 0  # the one in progress
     batch: int = 0  # batches of this epoch that are done
     step: int = 0  # optimizer steps that were taken
-    best_ap: float = -1.0
-    best_epoch: int = -1
+    best: tuple[float, int] = (-1.0, -1)  # the score of best.pth, and its epoch
     averages: Averages = field(default_factory=Averages)  # of this epoch
     recent: deque = field(default_factory=lambda: deque(maxlen=20))  # the last losses and norms of gradients
     speed: dict[str, float] = field(default_factory=dict)  # of the last step
@@ -256,7 +255,7 @@ def save(run: Run, name: str = "") -> None:
     if getattr(dataset, "is_thing", None) is not None:  # of a panoptic set
         classes["is_thing"] = dataset.is_thing.tolist()
     state = {"format": "detr_nb", "version": 1, "epoch": run.epoch, "batch": run.batch, "step": run.step,
-             "images_per_batch": run.images_per_batch, "best_ap": run.best_ap, "best_epoch": run.best_epoch,
+             "images_per_batch": run.images_per_batch, **dict(zip(("best_ap", "best_epoch"), run.best)),
              "config": run.config.flat(), "scaler": scaler.state_dict() if scaler else None,
              "processes": gather_objects(own), **whole_state(run.model, run.optimizer, run.is_sharded),
              "logs": {log: (run.folder / log).stat().st_size for log in LOGS if (run.folder / log).exists()},
@@ -302,8 +301,8 @@ def resume(run: Run, name: str) -> None:
 # %% ../nbs/29_runs.ipynb #a33e8a96
 def _go_on(run: Run, state: dict, path: Path) -> None:
     "Put the run to where it was saved."
-    for key in ("epoch", "batch", "step", "best_ap", "best_epoch"):
-        setattr(run, key, state.get(key, getattr(run, key)))
+    run.epoch, run.batch, run.step = state["epoch"], state["batch"], state["step"]
+    run.best = state["best_ap"], state.get("best_epoch", -1)
     if run.accelerator.scaler and state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     saved = [own["averages"] for own in state["processes"]]

@@ -211,13 +211,44 @@ def _rehearse(run: Run) -> None:
 def _is_out_of_patience(run: Run, epoch: int) -> bool:
     "Whether the score of this epoch is the last of as many that are not better as `--patience` allows."
     settings = run.config.run
-    return bool(settings.patience) and epoch - run.best_epoch >= settings.patience * settings.eval_every
+    return bool(settings.patience) and epoch - run.best[1] >= settings.patience * settings.eval_every
 
 
 def _is_finished(run: Run) -> bool:
     "Whether a resumed run has come to its end, and drawn its last picture."
     over = run.epoch >= run.config.optimizer.epochs or _is_out_of_patience(run, run.epoch - 1)
     return over and (run.folder / "predictions.png").exists() and not run.config.run.fast_dev_run
+
+# %% ../nbs/34_train.ipynb #34endep1
+def _set_out(run: Run) -> None:
+    "Write the settings, say what is there, and take the largest step."
+    if run.process.is_main:
+        write_config(run.folder, run.config)
+    _logger.info("run folder %s; %d training and %d validation images; %d processes, %s, %d threads", run.folder,
+                 len(run.train_loader.dataset), len(run.val_loader.dataset), run.process.world_size, run.process.device,
+                 torch.get_num_threads())
+    _rehearse(run)
+
+
+def _end_epoch(run: Run, began: float, is_last: bool) -> None:
+    "Evaluate when it is time, log, save, and stand at the beginning of the next epoch."
+    trained, tested = {"lr": run.optimizer.param_groups[0]["lr"], **run.averages.compute()}, {}
+    ends = is_last or _is_out_of_patience(run, run.epoch)
+    if ends or (run.epoch + 1) % run.config.run.eval_every == 0:
+        save_or_warn(run)  # who is killed in the evaluation need not train again
+        tested = _evaluate_run(run, report=ends)
+    score = main_score(tested)
+    if is_best := score > run.best[0]:
+        run.best = score, run.epoch
+    log_epoch(run, trained, tested)
+    _logger.info("epoch %d: loss %.3f, class error %.1f %%%s, %.0f s", run.epoch, trained["loss"],
+                 trained["class_error"], describe_scores(tested), time.time() - began)
+    run.epoch, run.batch = run.epoch + 1, 0
+    if is_best:
+        save_or_warn(run, "best.pth")
+    if tested or not run.config.data.overfit:  # an epoch of a few images is over in a moment
+        save_or_warn(run)
+    end_if_asked(run)
 
 # %% ../nbs/34_train.ipynb #fc96753c
 def train(config: Config) -> Path:
@@ -229,12 +260,7 @@ def train(config: Config) -> Path:
                      run.folder, run.epoch, " or --patience" * bool(config.run.patience))
         run.lock.release(force=True)
         return run.folder
-    if run.process.is_main:
-        write_config(run.folder, config)
-    _logger.info("run folder %s; %d training and %d validation images; %d processes, %s, %d threads", run.folder,
-                 len(run.train_loader.dataset), len(run.val_loader.dataset), run.process.world_size, run.process.device,
-                 torch.get_num_threads())
-    _rehearse(run)
+    _set_out(run)
     with listening():
         begins = not config.run.start_epoch and (not config.run.resume or Path(config.run.resume).name == BACKBONE)
         if config.model.pretrain_epochs and begins:
@@ -253,29 +279,11 @@ def train(config: Config) -> Path:
                     run.average.update_parameters(run.bare_model)
                 run.recent.append((losses["loss"].item(), norm))
                 log_step(run, losses, epoch=run.epoch, step=run.step, lr=rates[0], grad_norm=norm)
-
-            trained, tested = {"lr": run.optimizer.param_groups[0]["lr"], **run.averages.compute()}, {}
-            ends = run.epoch == last - 1 or _is_out_of_patience(run, run.epoch)
-            if ends or (run.epoch + 1) % config.run.eval_every == 0:
-                save_or_warn(run)  # who is killed in the evaluation need not train again
-                tested = _evaluate_run(run, report=ends)
-            score = main_score(tested)
-            if is_best := score > run.best_ap:
-                run.best_ap, run.best_epoch = score, run.epoch
-            if _is_out_of_patience(run, run.epoch):
-                last = run.epoch + 1
-            log_epoch(run, trained, tested)
-            _logger.info("epoch %d: loss %.3f, class error %.1f %%%s, %.0f s", run.epoch, trained["loss"],
-                         trained["class_error"], describe_scores(tested), time.time() - began)
-
-            run.epoch, run.batch = run.epoch + 1, 0
-            if is_best:
-                save_or_warn(run, "best.pth")
-            if tested or not config.data.overfit:  # an epoch of a few images is over in a moment
-                save_or_warn(run)
-            end_if_asked(run)
+            _end_epoch(run, began, is_last=run.epoch == last - 1)
+            if _is_out_of_patience(run, run.epoch - 1):
+                break
     _draw_run(run)
-    _logger.info("best.pth is of epoch %d, with %s %.3f", run.best_epoch, score_name(config), run.best_ap)
+    _logger.info("best.pth is of epoch %d, with %s %.3f", run.best[1], score_name(config), run.best[0])
     run.accelerator.end_training()
     run.lock.release(force=True)
     return run.folder
