@@ -236,6 +236,15 @@ def _summarize_quality(verdicts: _Verdicts, categories: Categories, is_thing: Bo
     return {**{name: _mean_quality(part) for name, part in groups.items()},
             "per_class_pq": dict(zip(categories.names, percent)), "images": len(verdicts.image_ids)}
 
+# %% ../nbs/19_panoptic.ipynb #19table2
+def _quality_table(verdicts: _Verdicts, names: Sequence[str]) -> str:
+    "A text with a line for each class that was seen: how many segments were to be found, PQ, SQ and RQ in percent."
+    quality, width = _class_quality(verdicts, len(names)), max(len("class"), *map(len, names))
+    wanted = np.bincount(verdicts.labels[verdicts.kinds != _FALSE_ALARM], minlength=len(names))
+    return "\n".join([f"{'class':{width}} segments    PQ    SQ    RQ"] + [
+        f"{name:{width}} {count:8} " + " ".join(f"{100 * value:5.1f}" for value in row)
+        for name, count, row in zip(names, wanted.tolist(), quality) if not math.isnan(row[0])])
+
 # %% ../nbs/19_panoptic.ipynb #65cf779a
 class PanopticQuality:
     "Compares segment maps with the truth on every process, and gives PQ, SQ and RQ, each image once."
@@ -243,6 +252,7 @@ class PanopticQuality:
     def __init__(self, dataset: PanopticDataset | CachedDataset):
         self.dataset = dataset
         self.places = {image_id: place for place, image_id in enumerate(dataset.image_ids.tolist())}
+        self.table = ""  # a line for each class, once it was computed
         self.reset()
 
     def reset(self) -> None:
@@ -272,6 +282,7 @@ class PanopticQuality:
         seen, known = len(verdicts.image_ids), len(self.places)
         if seen < known:
             _logger.warning("panoptic quality of %d of the %d images of the data set", seen, known)
+        self.table = _quality_table(verdicts, self.dataset.categories.names)
         return _summarize_quality(verdicts, self.dataset.categories, self.dataset.is_thing)
 
 # %% ../nbs/19_panoptic.ipynb #77901139
@@ -375,6 +386,7 @@ class PanopticEvaluator(MaskEvaluator):
     def compute(self) -> dict[str, Any]:  # on every process
         "What `MaskEvaluator` gives about the things, and what `PanopticQuality` gives; closes the writer."
         result = super().compute() | self.quality.compute()
+        self.class_tables["panoptic quality"] = self.quality.table
         if self.writer is not None:
             self.writer.close()
         return result

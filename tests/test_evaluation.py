@@ -10,6 +10,7 @@ import torch
 from book_demos import spawn
 from ledger import PYCOCOTOOLS, Ledger
 from PIL import Image
+from pycocotools import mask as run_length
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -147,6 +148,37 @@ def compare_with_pycocotools(
     ledger.compare("COCO metrics", theirs.new_tensor(ours), theirs, PYCOCOTOOLS)
 
 
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+@pytest.mark.parametrize("seed", range(4))
+def test_faster_coco_eval_gives_the_twelve_numbers_of_pycocotools(folder: Path, seed: int, kind: str) -> None:
+    "And the arrays that tables and thresholds are read from; with outlines, each box is its own mask."
+    pytest.importorskip("faster_coco_eval")
+    rng, dataset = np.random.default_rng(seed), load(folder)
+    with redirect_stdout(io.StringIO()):
+        truth = COCO(folder / "annotations.json")
+    for annotation in truth.dataset["annotations"]:
+        annotation["segmentation"] = outline(annotation["bbox"])
+    results = []
+    for annotation in truth.dataset["annotations"] * 3:
+        box = (np.array(annotation["bbox"]) + rng.normal(0, 2, 4)).clip(0.5, 60).tolist()
+        results.append({"image_id": annotation["image_id"], "category_id": int(rng.choice(CATEGORY_IDS)), "bbox": box,
+                        "score": round(float(rng.random()), 1)})  # many are equally sure
+        if kind == "segm":
+            code = run_length.frPyObjects(outline(results[-1].pop("bbox")), 40, 60)[0]
+            results[-1]["segmentation"] = code | {"counts": code["counts"].decode()}
+    one, other, chosen = (score(truth, [*map(dict, results)], dataset.image_ids.numpy(), kind, library)
+                          for library in ("pycocotools", "faster_coco_eval", "auto"))
+    assert 0 < one.stats[0] < 1 and type(other) is type(chosen) is not type(one)
+    assert other.stats[:12].tolist() == pytest.approx(one.stats.tolist(), abs=1e-12)
+    for name in ("precision", "recall", "scores"):
+        assert np.abs(other.eval[name] - one.eval[name]).max() < 1e-12, name
+
+
+def outline(box: list[float]) -> list[list[float]]:
+    x, y, w, h = box
+    return [[x, y, x + w, y, x + w, y + h, x, y + h]]
+
+
 def truth_as_detections(dataset: CocoDataset, index: int) -> Detections:
     sample = dataset[index]
     return Detections(torch.ones(1, len(sample.labels)), sample.labels[None], sample.boxes[None])
@@ -223,7 +255,9 @@ def test_the_loop_gives_the_same_scores_and_losses_for_any_batches_and_processes
 ) -> None:
     "With batches of 2, two processes have different numbers of batches."
     whole = run_loop(None, folder, NUM_IMAGES)
-    assert {"loss", "loss_ce", "loss_bbox_0", "class_error", "cardinality_error"} <= whole.keys()
+    names = {"loss_ce", "loss_bbox_0", "class_error", "cardinality_error"}  # as the released code calls them
+    assert {"loss", *(names - {"cardinality_error"}), *(f"{name}_unscaled" for name in names)} <= whole.keys()
+    assert whole["loss_bbox_0"] == pytest.approx(5 * whole["loss_bbox_0_unscaled"]), "weighted, as in training"
     assert by_two[0]["loop"] == by_two[1]["loop"] and by_three[0] == by_three[1] == by_three[2]
     for other in (run_loop(None, folder, 3), by_two[0]["loop"], by_three[0]):
         assert other["coco_eval_bbox"] == pytest.approx(whole["coco_eval_bbox"], abs=1e-3)
@@ -278,3 +312,42 @@ def test_the_table_of_classes_agrees_with_the_numbers(folder: Path) -> None:
     numbers = result["coco_eval_bbox"]
     assert [float(word) for word in total[3:]] == pytest.approx([*numbers[:3], numbers[8]], abs=5e-4)
     assert int(total[2]) == sum(int(line[2]) for line in lines) == int(dataset.object_counts.sum())
+
+
+def test_classes_without_objects_have_no_line(folder: Path) -> None:
+    dataset = load(folder)
+    part = dataset.subset([1])  # one object of one class
+    evaluator = CocoEvaluator(part)
+    evaluator.update(part.image_ids, truth_as_detections(part, 0))
+    evaluator.compute()
+    head, *lines = evaluator.class_tables["bbox"].splitlines()
+    assert len(lines) == 3 and "-" not in lines[0] and lines[2] == "(2 more without objects here)"
+
+
+def test_objects_that_are_answered_twice_are_counted_and_mistakes_named(folder: Path) -> None:
+    "The truth, and a second answer of another class on every object of one image: as many mistakes."
+    dataset = load(folder)
+    evaluator, doubled = CocoEvaluator(dataset), 5
+    for index in range(NUM_IMAGES):
+        scores, labels, boxes = truth_as_detections(dataset, index)
+        if index == doubled:
+            scores = torch.cat([scores, 0.6 * scores], dim=1)
+            labels, boxes = torch.cat([labels, (labels + 1) % 3], dim=1), torch.cat([boxes, boxes], dim=1)
+        evaluator.update(dataset.image_ids[[index]], Detections(scores, labels, boxes))
+    result, counts = evaluator.compute(), dataset.object_counts
+    judged = evaluator.judgement
+    assert result["duplicates"] == judged.duplicates == int(counts[doubled]) / int(counts.sum())
+    assert judged.confusion[:3, :3].tolist() == np.diag(dataset.class_counts).tolist()
+    wrong = {image: count for image, count in judged.mistakes.items() if count}
+    assert wrong == {int(dataset.image_ids[doubled]): int(counts[doubled])} and judged.confusion[3].sum() == 5
+    assert {name: row["threshold"] for name, row in evaluator.thresholds.items()} == {f"class {k}": 1 for k in (3, 5, 90)}
+
+
+def test_an_unsure_answer_is_no_duplicate_and_no_mistake(folder: Path) -> None:
+    dataset = load(folder)
+    evaluator = CocoEvaluator(dataset)
+    for index in range(NUM_IMAGES):
+        scores, labels, boxes = truth_as_detections(dataset, index)
+        twice = [torch.cat(pair, dim=1) for pair in ((scores, 0.5 * scores), (labels, labels), (boxes, boxes))]
+        evaluator.update(dataset.image_ids[[index]], Detections(*twice))
+    assert evaluator.compute()["duplicates"] == 0 and not any(evaluator.judgement.mistakes.values())

@@ -611,6 +611,10 @@ def test_batches_of_predictions_are_scored_and_written(shapes: Path, tmp_path: P
     written = PanopticDataset(dataset.folder, *(tmp_path / f"panoptic_predictions{end}" for end in (".json", "")))
     again = score(dataset, [written.segments(i) for i in range(24)])
     assert again == {name: result[name] for name in again}
+    head, *lines = evaluator.class_tables["panoptic quality"].splitlines()
+    assert head.split() == ["class", "segments", "PQ", "SQ", "RQ"]
+    quality = {name: pq for name, pq in result["per_class_pq"].items() if pq >= 0}  # -1: not in these images
+    assert {line.split()[0]: float(line.split()[2]) for line in lines} == pytest.approx(quality, abs=0.05)
 
 
 def test_a_model_with_masks_runs_in_the_loop(shapes: Path):
