@@ -29,22 +29,21 @@ from .check import quick_check
 from .coco import CocoDataset, Sample
 from .detr import DETR
 from .distributed import Process, UserError, get_logger, is_main, stage, start, stop, user_errors
-from .drawing import draw_predictions
 from detr_nb.engine import (
     NotFinite, averaged_weights, batch_losses, build_criterion, build_model, build_optimizer, check_settings,
     first_non_finite, preprocessing, rate_factor, set_rates, train_step,
 )
-from .evaluation import evaluate, evaluation_mode
-from .plots import plot_log
+from .evaluation import evaluate
 from .pretrain import pretrain_backbone
 from .pretrained import transfer_weights
+from .report import draw_curves, draw_run, expected, report_on, whole_model
 from detr_nb.runs import (
-    BACKBONE, Run, ask_checkpoint, end_if_asked, listening, log_epoch, log_step, open_run, resume, save_or_warn,
-    steps_of_epoch, until_asked,
+    BACKBONE, Run, ask_checkpoint, end_if_asked, listening, log_epoch, log_look, log_step, open_run, resume,
+    save_or_warn, score_name, steps_of_epoch, until_asked,
 )
 from detr_nb.score import (
     choose_evaluator, describe_scores, evaluate_checkpoint, few_if_asked, first_images, in_turn, main_score, meet,
-    open_split, report_on, score_name,
+    open_split, plan_evaluations,
 )
 from .seeding import capture_generators, restore_generators, seed_everything
 from .segmentation import SegmentationDETR
@@ -98,7 +97,7 @@ def _prepare(config: Config) -> Run:
     run.config = _fit_schedule(config, run.steps_per_epoch)
     if config.optimizer.ema:
         run.average = averaged_weights(run.bare_model, config.optimizer.ema)
-    accelerator.init_trackers("detr_nb" if config.run.report_to == "wandb" else config.run.report_to, config.flat())
+    accelerator.init_trackers("tensorboard" if config.run.report_to == "tensorboard" else "detr_nb", config.flat())
     if config.run.resume and Path(config.run.resume).name != BACKBONE:
         with stage(f"resuming {config.run.resume}"):
             resume(run, config.run.resume)
@@ -106,7 +105,7 @@ def _prepare(config: Config) -> Run:
 
 # %% ../nbs/34_train.ipynb #e2efb1cd
 def _build_accelerator(config: Config, process: Process, folder: Path) -> Accelerator:
-    "What wraps model and optimizer for several processes and for half precision, and writes to TensorBoard."
+    "What wraps model and optimizer for several processes and for half precision, and tells who draws curves."
     torch.autograd.set_detect_anomaly(config.run.detect_anomaly)
     log_with = None if config.run.report_to == "none" else config.run.report_to
     accelerator = Accelerator(cpu=process.device.type == "cpu", mixed_precision=config.optimizer.mixed_precision,
@@ -208,10 +207,15 @@ def _rehearse(run: Run) -> None:
     _logger.info("%s: %.1f GB of memory", what, peak / 2**30)
 
 # %% ../nbs/34_train.ipynb #4deb63f5
+def _plan(run: Run) -> tuple[int, int]:
+    "See `plan_evaluations`."
+    return plan_evaluations(run.config, len(run.train_loader.dataset), len(run.val_loader.dataset))
+
+
 def _is_out_of_patience(run: Run, epoch: int) -> bool:
     "Whether the score of this epoch is the last of as many that are not better as `--patience` allows."
-    settings = run.config.run
-    return bool(settings.patience) and epoch - run.best[1] >= settings.patience * settings.eval_every
+    patience = run.config.run.patience
+    return bool(patience) and epoch - run.best[1] >= patience * _plan(run)[0]
 
 
 def _is_finished(run: Run) -> bool:
@@ -227,6 +231,9 @@ def _set_out(run: Run) -> None:
     _logger.info("run folder %s; %d training and %d validation images; %d processes, %s, %d threads", run.folder,
                  len(run.train_loader.dataset), len(run.val_loader.dataset), run.process.world_size, run.process.device,
                  torch.get_num_threads())
+    every, few = _plan(run)
+    _logger.info("evaluated after every %d epochs and the last%s", every, few and f"; between them five looks at the "
+                 f"first {few} of the validation images, by which no best.pth is chosen" or "")
     _rehearse(run)
 
 
@@ -234,15 +241,17 @@ def _end_epoch(run: Run, began: float, is_last: bool) -> None:
     "Evaluate when it is time, log, save, and stand at the beginning of the next epoch."
     trained, tested = {"lr": run.optimizer.param_groups[0]["lr"], **run.averages.compute()}, {}
     ends = is_last or _is_out_of_patience(run, run.epoch)
-    if ends or (run.epoch + 1) % run.config.run.eval_every == 0:
+    if ends or (run.epoch + 1) % _plan(run)[0] == 0:
         save_or_warn(run)  # who is killed in the evaluation need not train again
         tested = _evaluate_run(run, report=ends)
     score = main_score(tested)
     if is_best := score > run.best[0]:
         run.best = score, run.epoch
     log_epoch(run, trained, tested)
-    _logger.info("epoch %d: loss %.3f, class error %.1f %%%s, %.0f s", run.epoch, trained["loss"],
-                 trained["class_error"], describe_scores(tested), time.time() - began)
+    _logger.info("epoch %d: loss %.3f, class error %.1f %%%s, %.0f s%s", run.epoch, trained["loss"],
+                 trained["class_error"], describe_scores(tested), time.time() - began, expected(run))
+    if tested:
+        draw_curves(run)
     run.epoch, run.batch = run.epoch + 1, 0
     if is_best:
         save_or_warn(run, "best.pth")
@@ -270,6 +279,7 @@ def train(config: Config) -> Path:
             run.model.train()
             began = time.time()
             for batches in steps_of_epoch(run):
+                _look_if_due(run)
                 rates = set_rates(run.optimizer, rate_factor(run.step, run.steps_per_epoch, config))
                 try:
                     losses, norm = train_step(run.model, run.criterion, run.optimizer, run.accelerator, batches, config)
@@ -282,7 +292,7 @@ def train(config: Config) -> Path:
             _end_epoch(run, began, is_last=run.epoch == last - 1)
             if _is_out_of_patience(run, run.epoch - 1):
                 break
-    _draw_run(run)
+    draw_run(run)
     _logger.info("best.pth is of epoch %d, with %s %.3f", run.best[1], score_name(config), run.best[0])
     run.accelerator.end_training()
     run.lock.release(force=True)
@@ -293,41 +303,26 @@ def _evaluate_run(run: Run, report: bool = False) -> dict:  # report: write what
     "Losses and COCO metrics on the validation images; numbers under the names of the released log."
     loader = few_if_asked(run.config, run.process, run.val_loader)
     evaluator = choose_evaluator(run.config, loader.dataset, run.folder if report else None)
-    tested = evaluate(_whole_model(run), until_asked(run, loader), evaluator, run.process.device, run.criterion)
+    tested = evaluate(whole_model(run), until_asked(run, loader), evaluator, run.process.device, run.criterion)
     if report:
         report_on(evaluator, run.folder)
     return tested
 
 
-def _whole_model(run: Run) -> DETR | SegmentationDETR:
-    "The model to be scored by each process alone: the mean of weights, or where FSDP has cut them up, a whole copy."
-    if not run.is_sharded:
-        return run.average.module if run.average else run.bare_model
-    import torch.distributed.checkpoint.state_dict as sharded
-
-    weights = sharded.get_model_state_dict(run.model, options=sharded.StateDictOptions(full_state_dict=True))
-    with torch.device(run.process.device):
-        model = build_model(run.config.but(pretrained=False), run.train_loader.dataset.categories.num_classes)
-    model.load_state_dict(weights)
-    return model
-
-# %% ../nbs/34_train.ipynb #61a1a3fc
-def _draw_run(run: Run) -> None:
-    "Write `curves.png`, and `predictions.png` of eight images."
-    model, dataset, config = _whole_model(run), run.val_loader.dataset, run.config
-    if not run.process.is_main:
+def _look_if_due(run: Run) -> None:
+    "After each sixth of a run that is seldom evaluated: the scores on the first validation images."
+    few, total = _plan(run)[1], run.config.optimizer.epochs * run.steps_per_epoch
+    if not few or run.config.run.fast_dev_run or run.step not in (total * sixth // 6 for sixth in range(1, 6)):
         return
-    try:
-        plot_log(run.folder).savefig(run.folder / "curves.png", dpi=120)
-        batch = collate([dataset[(0, index)] for index in range(min(8, len(dataset)))]).to(run.process.device)
-        with evaluation_mode(model):
-            predictions = model(batch.images, batch.padding)
-        is_thing, threshold = (dataset.is_thing, config.model.panoptic_threshold) if config.panoptic else (None, 0.5)
-        sheet = draw_predictions(predictions, batch, dataset.categories.names, is_thing, threshold)
-        sheet.save(run.folder / "predictions.png")
-        _logger.info("wrote %s", ", ".join(sorted(path.name for path in run.folder.glob("[!.]*"))))
-    except OSError as error:  # a full disk takes no trained model away
-        _logger.error("the pictures of the run could not be written: %s", error)
+    save_or_warn(run)
+    began, dataset = time.time(), run.val_loader.dataset
+    batches = few_if_asked(run.config, run.process, run.val_loader, few)
+    evaluator = choose_evaluator(run.config, batches.dataset, None)
+    tested = evaluate(whole_model(run), until_asked(run, batches), evaluator, run.process.device)
+    log_look(run, {"images": few, "AP": tested["coco_eval_bbox"][0], "score": main_score(tested)})
+    _logger.info("step %d of %d, a look at the first %d of %d validation images%s, %.0f s", run.step, total, few,
+                 len(dataset), describe_scores(tested), time.time() - began)
+    draw_curves(run)
 
 # %% ../nbs/34_train.ipynb #1c1a8678
 @record

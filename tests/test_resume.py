@@ -18,7 +18,7 @@ from child import Child, clean_environ, pair_environs
 from detr_nb.checkpoints import CHECKPOINT, PREVIOUS
 from detr_nb.config import Config, RunConfig
 from detr_nb.distributed import UserError
-from detr_nb.runs import BACKBONE, open_run
+from detr_nb.runs import BACKBONE, LOGS, open_run
 from detr_nb.shapes_set import write_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,9 +103,11 @@ def same_runs(ours: Path, theirs: Path) -> None:
     assert a["model"].keys() == b["model"].keys()
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
     assert a["step"] == b["step"] and a["best_ap"] == b["best_ap"]
+    assert a.get("ema", {}).keys() == b.get("ema", {}).keys() and a.get("ema_steps") == b.get("ema_steps")
+    assert all(torch.equal(a["ema"][name], b["ema"][name]) for name in a.get("ema", ()))
     for key, state in a["optimizer"]["state"].items():
         assert all(torch.equal(state[name], b["optimizer"]["state"][key][name]) for name in state)
-    for name in ("log.txt", "steps.jsonl"):
+    for name in filter(lambda name: (ours / name).exists() or (theirs / name).exists(), LOGS):
         assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
 
 
@@ -136,6 +138,26 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end_bit_for_bit(number, lines
     said = finish(start(shapes, folder, *arguments), folder=folder)
     assert said.count("going on at batch") == 1
     same_runs(folder, alone)
+
+
+def test_averaged_weights_and_looks_go_on_bit_for_bit(shapes, tmp_path):
+    """Sixteen epochs of 32 images, evaluated when it is over. The plan has five looks between, at steps 10, 21, 32, 42
+    and 53; the run is asked to stop after the second, and goes on from the save before the third."""
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    more = ["--batch_size", 8, "--num_workers", 0, "--limit_train", 32, "--ema", "0.9", "--pretrain_epochs", 0]
+    more += ["--epochs", 16, "--eval_every", 0]
+    finish(start(shapes, whole, *more), folder=whole)
+    process = start(shapes, folder, *more)
+    wait_for_steps(process, folder, 25)
+    assert end(process, signal.SIGTERM) == REQUEUE, (tmp_path / "run.out").read_text()[-3000:]
+    assert torch.load(folder / CHECKPOINT, weights_only=True)["step"] < 64
+    finish(start(shapes, folder, *more), folder=folder)
+    same_runs(folder, whole)
+    looks = [json.loads(line) for line in (whole / "looks.jsonl").read_text().splitlines()]
+    assert [look["step"] for look in looks] == [10, 21, 32, 42, 53] and {look["images"] for look in looks} == {8}
+    state = torch.load(whole / CHECKPOINT, weights_only=True)
+    assert state["ema_steps"] == state["step"] == 64
+    assert not all(torch.equal(x, state["model"][name]) for name, x in state["ema"].items())
 
 
 HELD_EVALUATION = """

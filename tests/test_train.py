@@ -426,3 +426,96 @@ def test_rank_zero_alone_says_what_was_left_out(shapes, tmp_path):
     arguments = ["--shapes_path", root, "--output_dir", tmp_path / "run", *SMALL, "--fast_dev_run"]
     arguments += ["--pretrain_epochs", 0]
     assert together(*arguments).count("skipped 1 of") == 1
+
+
+SCORES = [0.1, 0.3, 0.2, 0.2, 0.3, 0.1]  # of epochs: the best is the second, and nothing is better after it
+
+
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    "Evaluations that give the scores above, one after the other."
+    left = list(SCORES)
+    monkeypatch.setattr(train, "main_score", lambda tested: left.pop(0) if tested else -1.0)
+    return left
+
+
+def epochs_of(folder: Path) -> list[int]:
+    return [json.loads(line)["epoch"] for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def test_patience_ends_a_run_and_holds_after_resume(shapes, tmp_path, here, scored):
+    "Two evaluations without a better one after the second: four epochs, whether the run was resumed or not."
+    arguments = ["--shapes_path", shapes, "--batch_size", 8, *SMALL, "--pretrain_epochs", 0, "--limit_train", 8]
+    arguments += ["--eval_every", 1, "--patience", 2, "--epochs", 6]
+    here(*arguments, "--output_dir", tmp_path / "whole")
+    assert epochs_of(tmp_path / "whole") == [0, 1, 2, 3] and scored == SCORES[4:]
+    assert "best.pth is of epoch 1, with AP 0.300" in here.said
+    best = tensors(tmp_path / "whole/best.pth")
+    assert (best["best_ap"], best["best_epoch"], best["best_by"], best["epoch"]) == (0.3, 1, "AP", 2)
+    scored[:] = SCORES
+    here(*arguments, "--output_dir", tmp_path / "cut", "--epochs", 3)
+    assert epochs_of(tmp_path / "cut") == [0, 1, 2]
+    here(*arguments, "--output_dir", tmp_path / "cut", "--resume", "auto")
+    assert epochs_of(tmp_path / "cut") == [0, 1, 2, 3] and "best.pth is of epoch 1, with AP 0.300" in here.said
+    before = {path: path.read_bytes() for path in (tmp_path / "cut").iterdir() if path.is_file()}
+    here(*arguments, "--output_dir", tmp_path / "cut", "--resume", "auto")
+    assert "is finished: 4 epochs. Nothing to do; to train on, give more --epochs or --patience" in here.said
+    assert all(path.read_bytes() == content for path, content in before.items()) and "wrote" not in here.said
+
+
+def test_a_finished_run_with_other_flags_trains_nothing_and_its_settings_stay_true(one_process, shapes, tmp_path, here):
+    folder = tmp_path / "run"
+    shutil.copytree(one_process, folder)
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    here("--resume", folder / "checkpoint.pth", "--lr", "1e-3", "--shapes_path", shapes)
+    assert "is finished: 1 epochs" in here.said and "wrote" not in here.said
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_more_epochs_after_the_end_of_a_schedule_are_said_with_two_ways_out(one_process, shapes, tmp_path, here):
+    "The cosine of one epoch has ended; of two it is in its middle, and the rate jumps up. Both ways are then gone."
+    folder = tmp_path / "run"
+    shutil.copytree(one_process, folder)
+    again = ["--resume", folder / "checkpoint.pth", "--shapes_path", shapes]
+    here(*again, "--epochs", 2, "--output_dir", tmp_path / "jump")
+    assert "the learning rate goes on at 2.5e-04, where the run of" in here.said
+    assert "--schedule step" in here.said and "--finetune" in here.said and "--keep_classes" in here.said
+    here(*again, "--epochs", 2, "--output_dir", tmp_path / "keep", "--schedule", "step", "--lr_drop", 2, "--lr", "5e-5")
+    rates = {line["lr"] for line in steps(tmp_path / "keep") if "lr" in line}
+    assert rates == {5e-5}, "one rate, and no jump"
+    arguments = ["--shapes_path", shapes, "--output_dir", tmp_path / "anew", "--batch_size", 8, *SMALL]
+    here(*arguments, "--finetune", folder / "checkpoint.pth", "--keep_classes")
+    assert steps(tmp_path / "anew")[0]["lr"] == pytest.approx(5e-4, rel=0.01)
+
+
+def test_what_is_logged_has_the_names_and_the_weights_of_the_released_code(one_process):
+    "Weighted in training and in evaluation, the bare ones beside them; and its plots read them."
+    line = json.loads((one_process / "log.txt").read_text().splitlines()[-1])
+    weights = {"loss_ce": 1, "loss_bbox": 3, "loss_giou": 1.2}
+    for name, weight in weights.items():
+        for kind in ("train", "test"):
+            assert line[f"{kind}_{name}"] == pytest.approx(weight * line[f"{kind}_{name}_unscaled"], rel=1e-5)
+    wanted = ("class_error", "loss_bbox_unscaled", "loss_giou_unscaled", "cardinality_error_unscaled", "loss_ce_0")
+    assert all(f"{kind}_{name}" in line for kind in ("train", "test") for name in wanted)
+    assert 0 <= line["test_duplicates"] <= 1
+
+
+def test_a_short_run_is_looked_at_six_times_and_says_on_how_many_images(shapes, tmp_path, here):
+    "Sixteen epochs of 32 images: five looks, and one evaluation, by which alone the best is chosen."
+    arguments = ["--shapes_path", shapes, "--batch_size", 8, *SMALL, "--pretrain_epochs", 0, "--limit_train", 32]
+    here(*arguments, "--output_dir", tmp_path, "--epochs", 16)
+    assert here.said.count("a look at the first 8 of 8 validation images, AP") == 5
+    assert "evaluated after every 16 epochs and the last; between them five looks at the first 8" in here.said
+    assert sum("test_coco_eval_bbox" in line for line in (tmp_path / "log.txt").read_text().splitlines()) == 1
+    assert "best.pth is of epoch 15" in here.said and "\r" not in here.said
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {"looks.jsonl", "curves.png", "confusion.png", "worst.png", "thresholds.json", "mistakes.json"}
+
+
+@pytest.mark.parametrize("tracker", ["trackio", "wandb"])
+def test_a_tracker_that_is_missing_is_refused_with_what_to_install(tracker, shapes, tmp_path, here, monkeypatch):
+    find = engine.find_spec
+    monkeypatch.setattr(engine, "find_spec", lambda name: None if name == tracker else find(name))
+    here("--shapes_path", shapes, "--output_dir", tmp_path / "run", *SMALL, "--report_to", tracker, fails=True)
+    assert f"--report_to {tracker} needs a package: pip install {tracker}" in here.said
+    assert not (tmp_path / "run").exists()
