@@ -8,6 +8,7 @@ __all__ = ['open_split', 'first_images', 'in_turn', 'meet', 'choose_evaluator', 
 import math
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,8 @@ def in_turn(process: Process, read: Callable[[], Any]) -> Any:
 def meet(config: Config) -> Process:
     "Start this process, and see that all are asked for the same."
     check_settings(config)
+    if config.run.evaluator == "faster_coco_eval" and not find_spec("faster_coco_eval"):
+        raise UserError("--evaluator faster_coco_eval needs a package: pip install faster-coco-eval")
     with stage("meeting the other processes"):
         process = start(config.run.device)
     set_threads(process.local_world_size, config.run.num_threads or None)

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import matplotlib.image
+import numpy as np
 import pytest
 
-from detr_nb.plots import compare_runs, curve, main, read_log, runs_table
+from detr_nb.plots import compare_runs, curve, main, plot_confusion, plot_log, read_log, runs_table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -70,6 +71,32 @@ def test_the_picture_has_the_curves_of_all_runs(ours, released):
     assert [len(ax.lines) for ax in figure.axes] == [4] * 6
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ours", "released"]
     assert figure.axes[5].lines[0].get_ydata().tolist() == pytest.approx([0.02, 0.05])
+
+
+def test_no_title_of_a_runs_curves_is_cut_off_or_lies_on_another(ours):
+    figure = plot_log(ours)
+    figure.set_dpi(120)
+    figure.canvas.draw()
+    left, middle, right = (ax.title.get_window_extent() for ax in figure.axes)
+    assert 0 <= left.x0 and left.x1 < middle.x0 and middle.x1 < right.x0 and right.x1 <= figure.bbox.x1
+    assert all(0 <= box.y0 and box.y1 <= figure.bbox.y1 for box in (left, middle, right))
+
+
+def test_looks_stand_between_the_epochs_and_the_reference_beside_the_run(ours):
+    "An epoch's entry has its number when it is done, so half an epoch lies at -0.5; a torn last line is no look."
+    looks = [{"epochs_done": 0.5, "AP": 0.01}, {"epochs_done": 2.25, "AP": 0.02}]
+    (ours / "looks.jsonl").write_text("\n".join([*map(json.dumps, looks), '{"epochs_d']))
+    loss, _, precision = plot_log(ours, [{"epoch": 0, "train_loss": 9.0, "AP": None}, {"epoch": 4, "AP": 0.4}]).axes
+    lines = {line.get_label(): line.get_xydata().tolist() for ax in (loss, precision) for line in ax.lines[-2:]}
+    assert lines["AP of the first few"] == [[-0.5, 0.01], [1.25, 0.02]] and lines["reference"] == [[4, 0.4]]
+    assert loss.lines[-1].get_xydata().tolist() == [[0, 9.0]]
+    assert "reference" in [text.get_text() for text in precision.get_legend().get_texts()]
+
+
+def test_the_matrix_of_many_classes_has_no_numbers_and_a_row_without_objects_no_colour():
+    counts = np.diag(np.arange(81))
+    figure = plot_confusion(counts, [f"class {k}" for k in range(80)])
+    assert not figure.axes[0].texts and figure.axes[0].images[0].get_array()[0].max() == 0
 
 
 def test_masks_have_a_curve_of_their_own(tmp_path):

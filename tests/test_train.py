@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import detr_nb
-from detr_nb import engine, train
+from detr_nb import engine, evaluation, score, train
 from detr_nb.config import PRESETS, Config
 from detr_nb.distributed import Process, world_size
 from detr_nb.engine import Muon, build_model, build_optimizer
@@ -519,3 +519,13 @@ def test_a_tracker_that_is_missing_is_refused_with_what_to_install(tracker, shap
     here("--shapes_path", shapes, "--output_dir", tmp_path / "run", *SMALL, "--report_to", tracker, fails=True)
     assert f"--report_to {tracker} needs a package: pip install {tracker}" in here.said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_library_for_the_scores_that_is_missing_is_refused_and_auto_does_without(shapes, tmp_path, here, monkeypatch):
+    for module in (score, evaluation):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    arguments = ["--shapes_path", shapes, "--output_dir", tmp_path, *SMALL, "--fast_dev_run", "--pretrain_epochs", 0]
+    here(*arguments, "--evaluator", "faster_coco_eval", fails=True)
+    assert "pip install faster-coco-eval" in here.said
+    here(*arguments)
+    assert "AP 0." in here.said
