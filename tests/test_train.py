@@ -521,6 +521,38 @@ def test_a_tracker_that_is_missing_is_refused_with_what_to_install(tracker, shap
     assert not (tmp_path / "run").exists()
 
 
+TRACKIO = """
+import json, pathlib
+def note(*what):
+    with open(pathlib.Path(__file__).with_name("said.jsonl"), "a") as file:
+        file.write(json.dumps(what) + chr(10))
+class config:
+    update = staticmethod(lambda values, **settings: note("config", values))
+class Run:
+    log = staticmethod(lambda values, step=None: note(step, values))
+    finish = staticmethod(lambda: note("finish"))
+def init(project, **settings):
+    note("init", project)
+    return Run
+"""
+
+
+def test_a_tracker_is_told_settings_steps_scores_and_the_end(shapes, tmp_path, monkeypatch):
+    "A stand-in for trackio, with the four calls that accelerate makes."
+    packages = tmp_path / "packages"
+    (packages / "trackio").mkdir(parents=True)
+    (packages / "trackio/__init__.py").write_text(TRACKIO)
+    (packages / "trackio-1.0.dist-info").mkdir()
+    (packages / "trackio-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: trackio\nVersion: 1.0\n")
+    monkeypatch.setenv("PYTHONPATH", str(packages))
+    arguments = ["--shapes_path", shapes, "--output_dir", tmp_path / "run", "--batch_size", 8, *SMALL]
+    launch(*arguments, "--limit_train", 16, "--pretrain_epochs", 0, "--report_to", "trackio")
+    said = [json.loads(line) for line in (packages / "trackio/said.jsonl").read_text().splitlines()]
+    assert said[0] == ["init", "detr_nb"] and said[1][1]["batch_size"] == 8 and said[-1] == ["finish"]
+    assert [step for step, values in said[2:-1] if "step/loss" in values] == [0, 1]
+    assert any("test_loss" in values for _, values in said[2:-1])
+
+
 def test_a_library_for_the_scores_that_is_missing_is_refused_and_auto_does_without(shapes, tmp_path, here, monkeypatch):
     for module in (score, evaluation):
         monkeypatch.setattr(module, "find_spec", lambda name: None)
