@@ -7,6 +7,7 @@ __all__ = ['Results', 'COCO_METRICS', 'Detections', 'postprocess', 'score', 'Coc
 import contextlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,7 +73,9 @@ def score(
     "Run pycocotools' evaluation, or faster-coco-eval's, without its prints."
     evaluator = COCOeval
     if library == "faster_coco_eval" or library == "auto" and find_spec("faster_coco_eval"):
-        from faster_coco_eval import COCOeval_faster as evaluator
+        from faster_coco_eval import COCOeval_faster
+
+        evaluator = partial(COCOeval_faster, print_function=lambda text: None)
     with contextlib.redirect_stdout(None):
         evaluation = evaluator(ground_truth, _load_detections(ground_truth, results), iou_type)
         evaluation.params.imgIds = sorted(int(image) for image in image_ids)

@@ -150,8 +150,11 @@ def compare_with_pycocotools(
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
 @pytest.mark.parametrize("seed", range(4))
-def test_faster_coco_eval_gives_the_twelve_numbers_of_pycocotools(folder: Path, seed: int, kind: str) -> None:
-    "And the arrays that tables and thresholds are read from; with outlines, each box is its own mask."
+def test_faster_coco_eval_gives_the_twelve_numbers_of_pycocotools(
+    folder: Path, seed: int, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    "And the arrays that tables and thresholds are read from, in silence; with outlines, each box is its own mask."
+    caplog.set_level("DEBUG")
     pytest.importorskip("faster_coco_eval")
     rng, dataset = np.random.default_rng(seed), load(folder)
     with redirect_stdout(io.StringIO()):
@@ -168,6 +171,7 @@ def test_faster_coco_eval_gives_the_twelve_numbers_of_pycocotools(folder: Path, 
             results[-1]["segmentation"] = code | {"counts": code["counts"].decode()}
     one, other, chosen = (score(truth, [*map(dict, results)], dataset.image_ids.numpy(), kind, library)
                           for library in ("pycocotools", "faster_coco_eval", "auto"))
+    assert not caplog.records
     assert 0 < one.stats[0] < 1 and type(other) is type(chosen) is not type(one)
     assert other.stats[:12].tolist() == pytest.approx(one.stats.tolist(), abs=1e-12)
     for name in ("precision", "recall", "scores"):
