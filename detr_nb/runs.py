@@ -267,11 +267,11 @@ def save(run: Run, name: str = "") -> None:
     if getattr(dataset, "is_thing", None) is not None:  # of a panoptic set
         classes["is_thing"] = dataset.is_thing.tolist()
     state = {"format": "detr_nb", "version": 1, "epoch": run.epoch, "batch": run.batch, "step": run.step,
-             "images_per_batch": run.images_per_batch, "best_by": score_name(run.config), **dict(zip(("best_ap", "best_epoch"), run.best)),
+             "images_per_batch": run.images_per_batch, "best_ap": run.best[0], "best_epoch": run.best[1],
              "config": run.config.flat(), "scaler": scaler.state_dict() if scaler else None,
              "processes": gather_objects(own), **whole_state(run.model, run.optimizer, run.is_sharded),
              "logs": {log: (run.folder / log).stat().st_size for log in LOGS if (run.folder / log).exists()},
-             "classes": classes, "code_version": code_version()}
+             "classes": classes, "code_version": code_version(), "best_by": score_name(run.config)}
     if run.average:
         state |= {"ema": run.average.module.state_dict(), "ema_steps": int(run.average.n_averaged)}
     if run.process.is_main:

@@ -232,8 +232,9 @@ def _set_out(run: Run) -> None:
                  len(run.train_loader.dataset), len(run.val_loader.dataset), run.process.world_size, run.process.device,
                  torch.get_num_threads())
     every, few = _plan(run)
-    _logger.info("evaluated after every %d epochs and the last%s", every, few and f"; between them five looks at the "
-                 f"first {few} of the validation images, by which no best.pth is chosen" or "")
+    looks = f"; between them five looks at the first {few} of the validation images, by which no best.pth is chosen"
+    _logger.info("evaluated after every %s%s", "epoch" if every == 1 else f"{every} epochs and the last",
+                 looks if few else "")
     _rehearse(run)
 
 
