@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import detr_nb
-from detr_nb import engine, evaluation, score, train
+from detr_nb import engine, evaluation, report, score, train
 from detr_nb.config import PRESETS, Config
 from detr_nb.distributed import Process, world_size
 from detr_nb.engine import Muon, build_model, build_optimizer
@@ -510,6 +510,31 @@ def test_a_short_run_is_looked_at_six_times_and_says_on_how_many_images(shapes, 
     assert "best.pth is of epoch 15" in here.said and "\r" not in here.said
     names = {path.name for path in tmp_path.iterdir()}
     assert names >= {"looks.jsonl", "curves.png", "confusion.png", "worst.png", "thresholds.json", "mistakes.json"}
+
+
+@pytest.mark.parametrize("frozen", ["", "boxes.pth"])
+def test_of_any_length_a_run_has_six_points_in_a_twentieth_of_its_time(frozen):
+    "The cost is that which 33 has measured; the last evaluation comes in any case."
+    cost = 2.5 if frozen else 0.6
+    for epochs in (1, 2, 3, 5, 6, 7, 9, 11, 13, 14, 50, 300):
+        for num_train, num_val in ((2500, 300), (5000, 500), (5000, 5000), (118_287, 5000)):
+            config = PRESETS["shapes"].but(epochs=epochs, frozen_weights=frozen)
+            every, few = score.plan_evaluations(config, num_train, num_val)
+            whole, looks = -(-epochs // every), 5 * bool(few)
+            assert whole + looks >= 6 and few <= num_val, (epochs, num_train, num_val)
+            assert cost * ((whole - 1) * num_val + looks * few) <= epochs * num_train / 20
+
+
+def test_a_run_of_the_preset_says_what_to_expect_and_no_other_does():
+    "Its log line names the loss of the reference at this epoch, and the AP where that was evaluated."
+    run = SimpleNamespace(config=PRESETS["shapes"], epoch=6, train_loader=SimpleNamespace(dataset=range(5000)))
+    assert report.expected(run) == " (reference at this epoch: loss 4.37, AP 0.307)"
+    run.epoch = 0
+    assert report.expected(run) == " (reference at this epoch: loss 13.29)"
+    for other in (run.config.but(lr=1e-3), run.config.but(coco_path="coco"), run.config.but(masks=True)):
+        assert report.expected(SimpleNamespace(**vars(run) | {"config": other})) == ""
+    run.train_loader.dataset = range(96)
+    assert report.expected(run) == ""
 
 
 @pytest.mark.parametrize("tracker", ["trackio", "wandb"])
