@@ -100,10 +100,10 @@ def _has_outline(entry: Any, height: int, width: int) -> bool:
         return False
 
 
-def read_index(path: Path | str, with_masks: bool = False) -> CocoIndex:
-    "An annotation file as columns, checked, with the outlines if wanted; raises DataError, warns with DataWarning."
+def read_index(path: Path | str, with_masks: bool = False, folder: Path | None = None) -> CocoIndex:
+    "An annotation file as columns, checked; sizes it lacks from the images in `folder`. Raises DataError, warns."
     path = Path(path)
-    images, categories, entries, rows, labels, boxes = read_listed(path)
+    images, categories, entries, rows, labels, boxes = read_listed(path, folder)
     ids, sizes = np.array([entry.id for entry in entries]), images.sizes.numpy()[rows]
     keep, outlines = np.ones(len(ids), bool), None
     if with_masks:
@@ -312,7 +312,7 @@ class CocoDataset(IndexView, Dataset):
         "Read and check the annotation file, and that the images are there; raises DataError."
         self.folder, self.annotations = Path(images).expanduser(), Path(annotations).expanduser()
         self.transform, self.seed, self.with_masks = transform, seed, with_masks
-        index = read_index(self.annotations, with_masks)
+        index = read_index(self.annotations, with_masks, self.folder)
         super().__init__(index, torch.arange(len(index.images.ids)))
         require_files(self.folder, index.images, self.annotations)
 
@@ -324,7 +324,7 @@ class CocoDataset(IndexView, Dataset):
         return self.transform(sample, sample_rng(self.seed, epoch, index)) if self.transform else sample
 
 # %% ../nbs/07_coco.ipynb #141e57e6
-SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation")}  # in the names of files and folders
+SPLIT_NAMES = {"train": ("train", "default"), "val": ("val", "valid", "validation")}  # in names of files and folders
 
 
 def _annotation_files(root: Path, split: str) -> list[Path]:
@@ -334,7 +334,7 @@ def _annotation_files(root: Path, split: str) -> list[Path]:
         return [standard]
     words = SPLIT_NAMES.get(split, (split,))
     dated = [path for path in sorted(root.glob("annotations/instances_*.json"))
-             if path.stem.removeprefix("instances_").rstrip("0123456789") in words]
+             if path.stem.removeprefix("instances_").rstrip("0123456789").lower() in words]
     exported = [path for word in words if (path := root / word / "_annotations.coco.json").is_file()]
     return dated + exported
 
@@ -352,9 +352,10 @@ def find_split(root: Path | str, split: str) -> tuple[Path, Path]:
                         f"{root}: looked for annotations/instances_{split}2017.json, "
                         f"annotations/instances_{split}*.json, {', '.join(wanted)}; there: "
                         f"{named(path.relative_to(root).as_posix() for path in there) or 'none'}. Name the file and "
-                        f"its folder with --{split}_annotations and --{split}_images")
+                        f"its folder with --{split}_annotations and --{split}_images"
+                        + ", or keep a share of the training images with --val_share" * (split == "val"))
     name = found[0].stem.removeprefix("instances_")
-    folders = [found[0].parent] if name.startswith("_") else [root / name, root / "images" / name]
+    folders = [found[0].parent] if name.startswith("_") else [root / name, root / "images" / name, root / "images"]
     for folder in folders:
         if folder.is_dir():
             return found[0], folder

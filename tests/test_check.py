@@ -130,6 +130,15 @@ def test_a_fault_that_would_stop_or_spoil_a_training_is_named_and_not_safe(tmp_p
     assert all(word in lines[0] for word in words), lines
 
 
+@pytest.mark.parametrize("orientation", [0, 9, 65537])
+def test_an_orientation_that_is_none_is_not_spoken_of(tmp_path, capsys, orientation):
+    make_set(tmp_path)
+    note = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x04\0\0\0\x01" + orientation.to_bytes(4, "big") + bytes(4)
+    picture().save(tmp_path / "train2017" / "2.jpg", exif=note)
+    status, report = check(tmp_path, capsys)
+    assert status == 0 and "EXIF" not in report and "warning" not in report
+
+
 WARNINGS = {
     "turned by EXIF": image_fault(lambda path: picture().save(path, exif=exif(3)),
                                   "train: 1 of 4 images with an EXIF rotation", "2.jpg (image id 2)"),
