@@ -236,7 +236,7 @@ def _require_unique(ids: np.ndarray, name: str, path: Path) -> None:
 def _find_heading(categories: list[_Category], used: np.ndarray) -> _Category | None:
     "The category that all others name as their supercategory and that is not among the `used` ids; None without one."
     groups, others = Counter(str(entry.supercategory) for entry in categories), len(categories) - 1
-    heads = [entry for entry in categories if 0 < groups[str(entry.name)] == others and entry.supercategory != entry.name]
+    heads = [one for one in categories if 0 < groups[str(one.name)] == others and one.supercategory != one.name]
     return heads[0] if heads and not (used == heads[0].id).any() else None
 
 

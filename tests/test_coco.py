@@ -398,7 +398,7 @@ def test_a_layout_is_recognised(tmp_path, split, files, annotations, images):
     ("train", ["annotations/instances_train.json"], ["no folder of images", "instances_train.json", "images/train",
                                                      "--train_images"]),
     ("train", ["annotations/instances_trainer.json", "trainer/"], ["no annotation file"]),
-    ("val", ["annotations/instances_default.json", "images/"], ["no annotation file", "instances_default", "--val_share"]),
+    ("val", ["annotations/instances_default.json", "images/"], ["no annotation file", "_default", "--val_share"]),
 ])  # fmt: skip
 def test_a_layout_that_is_unclear_is_refused_with_what_was_looked_for(tmp_path, split, files, words):
     with pytest.raises(DataError) as caught:
