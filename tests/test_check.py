@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from detr_nb.check import check_coco, check_split, look_at_image, quick_check
+from detr_nb.check import check_coco, check_split, quick_check
 from detr_nb.coco import CocoDataset, read_image
+from detr_nb.looks import look_at_image
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [
