@@ -168,7 +168,6 @@ class Resize(_Reader):
         return resize(sample, output_size(*size, short, self.max_size), self.exact)
 
     def size_needed(self, height: int, width: int) -> tuple[int, int] | None:
-        "See `_Reader`."
         return None if self.exact else output_size(height, width, max(self.sizes), self.max_size)
 
 # %% ../nbs/08_transforms.ipynb #56f1fec5
@@ -197,8 +196,7 @@ class Compose(_Reader):
         return sample
 
     def size_needed(self, height: int, width: int) -> tuple[int, int] | None:
-        "See `_Reader`; what comes before a mirror comes after it as well, anything else may look at single pixels."
-        first = next((step for step in self.steps if not isinstance(step, RandomFlip)), None)
+        first = next((step for step in self.steps if not isinstance(step, RandomFlip)), None)  # a mirror is size-blind
         return first.size_needed(height, width) if isinstance(first, _Reader) else None
 
 # %% ../nbs/08_transforms.ipynb #b0d11340
@@ -213,7 +211,6 @@ class _Choose(_Reader):
         return (self.first if rng.random() < self.p else self.second)(sample, rng)
 
     def size_needed(self, height: int, width: int) -> tuple[int, int] | None:
-        "See `_Reader`."
         both = [isinstance(one, _Reader) and one.size_needed(height, width) for one in (self.first, self.second)]
         return max(both) if all(both) else None
 
@@ -247,7 +244,6 @@ class Limit(_Reader):
         return resize(sample, self.size_needed(*_whole_size(sample)))
 
     def size_needed(self, height: int, width: int) -> tuple[int, int]:
-        "See `_Reader`."
         if max(height, width) <= self.max_size:
             return height, width
         small = max(1, round(self.max_size * min(height, width) / max(height, width)))
