@@ -7,10 +7,12 @@ __all__ = ['quick_check', 'check_split', 'sound_images', 'split_off', 'check_coc
 
 # %% ../nbs/31_check.ipynb #a5375e14
 import sys
+import textwrap
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -19,28 +21,33 @@ import numpy as np
 import torch
 import tyro
 from matplotlib.figure import Figure
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from .annotations import DataError, DataWarning, ImageColumns, named, read_images
 from .coco import CocoDataset, IndexView, find_split, read_index
 from .distributed import user_errors
 from .looks import Look, find_twins, group_twins, look_at_images
+from .panoptic_data import PanopticDataset, open_panoptic, read_map
 
 # %% ../nbs/31_check.ipynb #6792741a
 class _Finding(NamedTuple):
     "One thing that a look at a data set brought up."
     severity: str  # "stop": training is not safe; "warning": look at it first; "note": good to know
     text: str
+    pictures: Sequence[Path] = ()  # a few to look at
 
 
-def _index_findings(dataset: IndexView, num_queries: int) -> list[_Finding]:
+def _index_findings(dataset: IndexView, num_queries: int, folder: Path = Path()) -> list[_Finding]:
     "What the index alone tells: images with more objects than queries, images without any, classes without any."
     counts, ids, found = dataset.object_counts, dataset.image_ids, []
     total, crowded, empty = len(counts), counts > num_queries, counts == 0
     if crowded.any():
+        fullest = dataset.rows[counts.argsort(descending=True)[:min(int(crowded.sum()), 6)]].tolist()
         found.append(_Finding("warning", f"{crowded.sum()} of {total} images have more objects than the model has "
                              f"queries, up to {counts.max()} (image ids {named(ids[crowded].tolist())}): what is "
-                             f"beyond {num_queries} teaches nothing; raise --num_queries"))
+                             f"beyond {num_queries} teaches nothing; raise --num_queries",
+                             [folder / dataset.index.images.names.item(row).decode() for row in fullest]))
     if empty.any():
         found.append(_Finding("warning" if empty.sum() > total / 2 else "note", f"{empty.sum()} of {total} images have "
                              f"no object (image ids {named(ids[empty].tolist())})"))
@@ -53,14 +60,14 @@ def _index_findings(dataset: IndexView, num_queries: int) -> list[_Finding]:
 
 def quick_check(dataset: CocoDataset, num_queries: int) -> list[str]:
     "Warnings to read before training, one a line, from the index alone; the launcher's part of the check."
-    return [f"{dataset.annotations}: {text}" for severity, text in _index_findings(dataset, num_queries)
-            if severity != "note"]
+    return [f"{dataset.annotations}: {finding.text}" for finding in _index_findings(dataset, num_queries)
+            if finding.severity != "note"]
 
 # %% ../nbs/31_check.ipynb #da69519c
-def _image_findings(looks: Sequence[Look], names: Sequence[str], images: ImageColumns) -> list[_Finding]:
+def _image_findings(looks: dict[Path, Look], names: Sequence[str], images: ImageColumns) -> list[_Finding]:
     "What a look at each image of a split brought up."
     places: dict[str, list[int]] = {}
-    for i, (look, listed) in enumerate(zip(looks, images.sizes.tolist())):
+    for i, (look, listed) in enumerate(zip(looks.values(), images.sizes.tolist())):
         if look.problem:
             places.setdefault(look.problem, []).append(i)
         elif list(look.size) == listed[::-1] and look.orientation in range(5, 9):
@@ -73,8 +80,35 @@ def _image_findings(looks: Sequence[Look], names: Sequence[str], images: ImageCo
     for problem, rows in places.items():
         examples = named(f"{names[i]} (image id {images.ids[i]})" for i in rows)
         severity = "note" if "upright" in problem else "warning" if "EXIF" in problem else "stop"
-        found.append(_Finding(severity, f"{len(rows)} of {len(looks)} images {problem}: {examples}"))
+        found.append(_Finding(severity, f"{len(rows)} of {len(looks)} images {problem}: {examples}",
+                              [list(looks)[i] for i in rows[:6]]))
     return found
+
+# %% ../nbs/31_check.ipynb #31panex1
+def _map_faults(dataset: PanopticDataset, row: int) -> list[str]:
+    "In what the segment map of a row and the list of its segments disagree."
+    try:
+        found = read_map(dataset.panoptic, row, dataset.png_folder, dataset.annotations)
+    except DataError as error:
+        return [f"that cannot be used, as {error}"]
+    listed = dataset.index.objects.areas[found.rows]
+    faults = (("with ids that the file does not list", found.unlisted),
+              ("without pixels of segments that it lists", (found.areas == 0).any()),
+              ("with segments of another area than listed", ((listed - found.areas).abs() > 0.5).any()))
+    return [fault for fault, there in faults if there]
+
+
+def _map_findings(dataset: PanopticDataset, num_threads: int) -> list[_Finding]:
+    "What the segment maps of a split and its file disagree about."
+    rows, places = dataset.rows.tolist(), {}
+    with ThreadPoolExecutor(num_threads) as pool:
+        for row, faults in zip(rows, pool.map(lambda row: _map_faults(dataset, row), rows)):
+            for fault in faults:  # one that cannot be read says why of the first
+                places.setdefault(fault.partition(", as ")[0], []).append((row, fault))
+    return [_Finding("stop" if kind.startswith("that cannot") else "warning", f"{len(wrong)} of {len(rows)} segment "
+                     f"maps {wrong[0][1]}: {named(dataset.panoptic.pictures.item(row).decode() for row, _ in wrong)}",
+                     [dataset.png_folder / dataset.panoptic.pictures.item(row).decode() for row, _ in wrong[:6]])
+            for kind, wrong in places.items()]
 
 # %% ../nbs/31_check.ipynb #5cc7a1aa
 class _Checked(NamedTuple):
@@ -82,56 +116,63 @@ class _Checked(NamedTuple):
     split: str
     dataset: IndexView | None  # None when its annotation file was refused
     findings: list[_Finding]
-    looks: dict[str, Look] = {}  # by the name of the file
+    looks: dict[Path, Look] = {}
 
 
-def _read_leniently(annotations: Path) -> tuple[IndexView | None, list[_Finding]]:
-    "The rows of an annotation file, None when it is refused, and what the reader says of it."
+def _read_leniently(read: Callable[[], IndexView]) -> tuple[IndexView | None, list[_Finding]]:
+    "What a reader gives, None when it refuses the file, and what it says of it."
     dataset, found = None, []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DataWarning)
         try:
-            index = read_index(annotations)
-            dataset = IndexView(index, torch.arange(len(index.images.ids)))
+            dataset = read()
         except DataError as error:
             found.append(_Finding("stop", str(error)))
     said = [str(warning.message) for warning in caught if issubclass(warning.category, DataWarning)]
-    return dataset, found + [_Finding("warning", text.removeprefix(f"{annotations}: ")) for text in said]
+    return dataset, found + [_Finding("warning", text.partition(".json: ")[2] or text) for text in said]
 
 # %% ../nbs/31_check.ipynb #0a1f623d
-def check_split(root: Path, split: str, num_queries: int, decode: bool, num_threads: int) -> _Checked:
-    "Check the annotation file and the images of a split; raises nothing, all is in the findings."
+def check_split(root: Path, split: str, num_queries: int, decode: bool, num_threads: int, panoptic: bool = False,
+                files: tuple[Path | None, Path | None] = (None, None)) -> _Checked:
+    "Check the annotation file (`files`: it and its images, or of a panoptic set the images' root), and the images."
     try:
-        annotations, folder = find_split(root, split)
+        if panoptic:
+            dataset, found = _read_leniently(lambda: open_panoptic(root, files[1], split))
+            found += _map_findings(dataset, num_threads) if dataset else []
+            annotations, folder = (dataset.annotations, dataset.folder) if dataset else (root, root)
+        else:
+            annotations, folder = (files[0], files[1] or files[0].parent) if files[0] else find_split(root, split)
+            dataset, found = _read_leniently(lambda: IndexView(
+                index := read_index(annotations, folder=folder), torch.arange(len(index.images.ids))))
     except DataError as error:
         return _Checked(split, None, [_Finding("stop", str(error))])
-    dataset, found = _read_leniently(annotations)
     if dataset:
-        found += _index_findings(dataset, num_queries)
+        found += _index_findings(dataset, num_queries, folder)
     images, looks = dataset.index.images if dataset else None, {}
     with suppress(DataError):  # the images that it lists, whatever is wrong with the rest of it
-        images = images or read_images(annotations)
+        images = images or read_images(annotations, folder)
     if images:
         names = [name.decode("utf-8", "surrogatepass") for name in images.names.unpack()]
-        looks = dict(zip(names, look_at_images(folder, names, decode, True, num_threads)))
-        found += _image_findings([looks[name] for name in names], names, images)
+        looks = dict(zip([folder / name for name in names], look_at_images(folder, names, decode, True, num_threads)))
+        found += _image_findings(looks, names, images)
     return _Checked(split, dataset, found, looks)
 
-
+# %% ../nbs/31_check.ipynb #31twinsf
 def _twin_findings(first: _Checked, second: _Checked) -> list[_Finding]:
     "Pictures of one split that are in the other, too."
-    ours, theirs = ({name: look.signs for name, look in side.looks.items() if look.signs is not None}
+    ours, theirs = ({path: look.signs for path, look in side.looks.items() if look.signs is not None}
                     for side in (first, second))
     if not (ours and theirs):
         return []
     pairs = find_twins(*(np.stack(list(side.values())) for side in (ours, theirs)))
     if not len(pairs):
         return []
-    names, share = [list(side) for side in (ours, theirs)], len(set(pairs[:, 1])) / len(theirs)
-    examples = named(f"{names[1][b]} is {names[0][a]}" for a, b in pairs)
+    paths, share = [list(side) for side in (ours, theirs)], len(set(pairs[:, 1])) / len(theirs)
+    examples = named(f"{paths[1][b].name} is {paths[0][a].name}" for a, b in pairs)
     return [_Finding("stop" if share > 0.2 else "warning", f"{len(set(pairs[:, 1]))} of {len(theirs)} images of "
                      f"{second.split} are the same or nearly the same as one of {first.split}: {examples}. They are "
-                     "scored as learned by heart: take them out of one side")]
+                     "scored as learned by heart: take them out of one side",
+                     [path for a, b in pairs[:3] for path in (paths[0][a], paths[1][b])])]
 
 
 def _compare_splits(first: _Checked, second: _Checked) -> list[_Finding]:
@@ -188,25 +229,19 @@ _OBJECTS_PER_IMAGE = (0, 1, 2, 4, 8, 16, 32, 64)  # where each row of the histog
 _BOX_SIZES = (0, 8, 16, 32, 64, 96, 128, 256, 512)  # pixels: the square root of a box's area; COCO's bounds are 32, 96
 
 
-def _histogram(values: Tensor, starts_at: Sequence[int]) -> list[int]:
-    "How many values lie in each range; the last range has no end."
-    place = torch.bucketize(values.double(), torch.tensor(starts_at, dtype=torch.float64), right=True) - 1
-    return torch.bincount(place.clamp(min=0), minlength=len(starts_at)).tolist()
-
-
-def _range_names(starts_at: Sequence[int]) -> list[str]:
-    "The ranges of a histogram in words."
-    return [f"{low}" if high == low + 1 else f"{low} to {high - 1}" for low, high in zip(starts_at, starts_at[1:])] + [
-        f"{starts_at[-1]} or more"]
+def _in_ranges(values: Tensor, starts_at: Sequence[int]) -> dict[str, int]:
+    "How many values lie in each range, by its name; the last range has no end."
+    names = [f"{low}" if high == low + 1 else f"{low} to {high - 1}" for low, high in zip(starts_at, starts_at[1:])]
+    counts = np.histogram(values[values.isfinite()], [*starts_at, np.inf])[0].tolist()
+    return dict(zip([*names, f"{starts_at[-1]} or more"], counts))
 
 
 def _distributions(dataset: IndexView) -> dict[str, dict[str, int]]:
     "Images by their number of objects, objects by their size, objects by their class; crowds left out."
     boxes = dataset.index.objects.boxes[~dataset.index.objects.crowd]
     sizes = (boxes[:, 2] * boxes[:, 3]).sqrt()
-    by_count = _histogram(dataset.object_counts, _OBJECTS_PER_IMAGE)
-    return {"images by objects": dict(zip(_range_names(_OBJECTS_PER_IMAGE), by_count)),
-            "objects by size (px)": dict(zip(_range_names(_BOX_SIZES), _histogram(sizes, _BOX_SIZES))),
+    return {"images by objects": _in_ranges(dataset.object_counts, _OBJECTS_PER_IMAGE),
+            "objects by size (px)": _in_ranges(sizes, _BOX_SIZES),
             "objects by class": _by_name(dataset.categories.names, dataset.class_counts.tolist())}
 
 
@@ -236,6 +271,12 @@ def _columns_of(splits: Sequence[_Checked]) -> dict[str, dict[str, dict[str, int
     return {title: {split: table[title] for split, table in tables.items()} for title in titles}
 
 
+def _worst_first(splits: Sequence[_Checked]) -> list[tuple[str, _Finding]]:
+    "All findings with the names of their splits."
+    found = [(split.split, finding) for split in splits for finding in split.findings]
+    return sorted(found, key=lambda entry: ("stop", "warning", "note").index(entry[1].severity))
+
+
 def _write_report(splits: Sequence[_Checked]) -> str:
     "The report as text: a line for each split, the findings with the worst first, the distributions."
     lines = ["split      images   objects    crowds  classes  objects per image"]
@@ -244,26 +285,48 @@ def _write_report(splits: Sequence[_Checked]) -> str:
             objects, crowds = int(dataset.object_counts.sum()), int(dataset.index.objects.crowd.sum())
             lines.append(f"{split:7}{len(dataset):10,}{objects:10,}{crowds:10,}{dataset.categories.num_classes:9}"
                          f"{objects / len(dataset):19.1f}")
-    found = [(split.split, *finding) for split in splits for finding in split.findings]
-    found.sort(key=lambda entry: ("stop", "warning", "note").index(entry[1]))
-    lines += ["", *(f"{severity.replace('stop', 'STOP'):8} {split}: {text}" for split, severity, text in found)]
+    lines += ["", *(f"{finding.severity.replace('stop', 'STOP'):8} {split}: {finding.text}"
+                    for split, finding in _worst_first(splits))]
     for title, columns in _columns_of(splits).items():
         lines += ["", *_text_bars(title, columns)]
     return "\n".join(lines)
 
 # %% ../nbs/31_check.ipynb #a633f9a1
-def _draw_report(splits: Sequence[_Checked]) -> Figure:
-    "The three distributions as a picture, the share of each split side by side."
-    fig = Figure(figsize=(13, 4), layout="constrained")
-    for ax, (title, columns) in zip(fig.subplots(1, 3, width_ratios=(2, 2, 3)), _columns_of(splits).items()):
+def _short(text: str, most: int = 24) -> str:
+    "A text cut in its middle."
+    return text if len(text) <= most else f"{text[: most // 2]}...{text[3 - most // 2 :]}"
+
+
+def _draw_distributions(fig: Figure, splits: Sequence[_Checked], most: int = 20) -> None:
+    "The three distributions, the share of each split side by side; names beyond `most` share a bar."
+    for ax, (title, columns) in zip(fig.subplots(1, 3), _columns_of(splits).items()):
         names = list(dict.fromkeys(name for counts in columns.values() for name in counts))
+        shown = names if len(names) <= most else names[: most - 1]
         for shift, (split, counts) in zip((-0.2, 0.2), columns.items()):
-            shares = np.array([counts.get(name, 0) for name in names]) / max(sum(counts.values()), 1)
-            ax.bar(np.arange(len(names)) + shift, shares, width=0.4, label=split)
-        step = -(-len(names) // 24)  # more names than that would lie on each other
-        ax.set_xticks(np.arange(len(names))[::step], names[::step], rotation=60, ha="right")
-        ax.set(title=title, ylabel="share of its split")
-        ax.legend()
+            bars = [counts.get(name, 0) for name in shown]
+            bars += [sum(counts.values()) - sum(bars)] * (len(shown) < len(names))
+            ax.barh(np.arange(len(bars)) + shift, np.array(bars) / max(sum(bars), 1), height=0.4, label=split)
+        shown += [f"{len(names) - len(shown)} others"] * (len(shown) < len(names))
+        ax.set_yticks(range(len(shown)), map(_short, shown))
+        ax.set(title=title, xlabel="share of its split")
+        ax.invert_yaxis()
+    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+
+
+def _draw_report(splits: Sequence[_Checked], most: int = 12) -> Figure:
+    "The distributions, and below them up to `most` pictures that the findings are about, the worst first."
+    found = [(split, finding, path) for split, finding in _worst_first(splits) for path in finding.pictures]
+    rows = -(-min(len(found), most) // 6)
+    fig = Figure(figsize=(13, 5 + 2.8 * rows), layout="constrained")
+    above, *below = fig.subfigures(1 + rows, 1, height_ratios=[5] + [2.8] * rows)[:] if rows else [fig]
+    _draw_distributions(above, splits)
+    for place, (split, finding, path) in enumerate(found[:most]):
+        ax = below[place // 6].add_subplot(1, 6, 1 + place % 6)
+        with suppress(OSError, SyntaxError), Image.open(path) as picture:  # what cannot be read stays white
+            ax.imshow(ImageOps.contain(picture.convert("RGB"), (240, 240)))
+        ax.set(xticks=[], yticks=[])
+        reason = finding.text.partition(":")[0].partition(" images ")[2] or finding.text
+        ax.set_title("\n".join([split, _short(path.name, 28), *textwrap.wrap(reason, 28)[:3]]), fontsize=8)
     return fig
 
 # %% ../nbs/31_check.ipynb #e9bf7f4a
@@ -273,6 +336,13 @@ def check_coco(
     decode: bool = False,
     num_threads: int = 4,
     picture: Path = Path("coco_check.png"),
+    panoptic: bool = False,
+    coco_path: Path | None = None,
+    train_annotations: Path | None = None,
+    train_images: Path | None = None,
+    val_annotations: Path | None = None,
+    val_images: Path | None = None,
+    val_share: float = 0.0,
 ) -> int:  # 0: safe to train on; 1: not
     """Look at everything in a data set that a training would stumble over, and say whether it is safe to start one.
 
@@ -281,18 +351,27 @@ def check_coco(
         num_queries: of the model to be trained
         decode: decode every image, which takes longer and finds damage in the middle of a file
         num_threads: images looked at at the same time
-        picture: where to draw the distributions
+        picture: where to draw the distributions, and a few of the images that are spoken of
+        panoptic: the set is one of things and stuff, with a PNG of segments for each image
+        coco_path: with --panoptic, the folder of the images, if they are not in `root`
+        train_annotations: file in COCO's format that lists the training images, if it is not where layouts have it
+        train_images: folder of the training images; without it beside their annotations
+        val_annotations: as for training
+        val_images: as for training
+        val_share: of a set without a validation split; only the training images are looked at
     """
     if not root.is_dir():
         raise DataError(f"no such folder: {root}")
     began = time.perf_counter()
-    splits = [check_split(root, split, num_queries, decode, num_threads) for split in ("train", "val")]
-    splits.append(_Checked("both", None, _compare_splits(*splits)))
+    files = {"train": (train_annotations, coco_path if panoptic else train_images)}
+    files |= {} if val_share else {"val": (val_annotations, coco_path if panoptic else val_images)}
+    splits = [check_split(root, split, num_queries, decode, num_threads, panoptic, own) for split, own in files.items()]
+    splits.append(_Checked("both", None, [] if val_share else _compare_splits(*splits)))
     seconds = time.perf_counter() - began
-    images = sum(len(split.dataset) for split in splits if split.dataset)
+    images, findings = sum(len(split.dataset) for split in splits if split.dataset), _worst_first(splits)
     picture.parent.mkdir(parents=True, exist_ok=True)
     _draw_report(splits).savefig(picture)
-    stops = sum(finding.severity == "stop" for split in splits for finding in split.findings)
+    stops = sum(finding.severity == "stop" for _, finding in findings)
     verdict = f"not safe to train on, see STOP above ({stops})" if stops else "safe to train on"
     speed = f"{images:,} images in {seconds:.1f} s ({1000 * seconds / max(images, 1):.2f} s per thousand)"
     sys.stdout.write(f"{_write_report(splits)}\n\n{speed}; picture: {picture}\n{root}: {verdict}\n")

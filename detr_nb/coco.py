@@ -183,7 +183,7 @@ def _read_as_listed(path: Path, annotations: Path, image_id: int, listed: tuple[
 # %% ../nbs/07_coco.ipynb #3da11265
 def read_sample(index: CocoIndex, row: int, folder: Path, annotations: Path, with_masks: bool = False,
                 read: Callable[[Path, tuple[int, int]], Tensor | None] | None = None) -> Sample:
-    "The image in `row`, by `read` if that gives one, with its objects, crowds left out; raises DataError naming the file."
+    "The image in `row`, by `read` if that gives one, with its objects but crowds; raises DataError naming its file."
     images, objects = index.images, index.objects
     path = folder / images.names.item(row).decode()
     image_id, (height, width) = int(images.ids[row]), images.sizes[row].tolist()

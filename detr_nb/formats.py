@@ -43,17 +43,6 @@ def find_parts(
     return found
 
 # %% ../nbs/37_formats.ipynb #37cell11
-def _import_supervision() -> Any:
-    "The library that reads the formats; raises `UserError` where it is not installed."
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it would rather have OpenCV, and reads small text files without
-        try:
-            import supervision
-        except ImportError as error:
-            raise UserError(f'{error}: the package that reads these formats; pip install "detr_nb[formats]"') from error
-    return supervision.DetectionDataset
-
-
 def _of_split(dataset: Any, folder: Path, stems: set[str] | None = None) -> Any:
     "The images of a folder, or of it those with one of the names."
     paths = [str(path) for path in map(Path, dataset.image_paths)
@@ -69,7 +58,12 @@ def read_folder(root: Path) -> dict[str, Any]:  # by split: supervision's Detect
     if not parts:
         raise DataError(f"{root} is neither in YOLO's format (data.yaml, and a .txt file of labels for each image) nor "
                         "in Pascal VOC's (an .xml file for each image, as in Annotations/ beside JPEGImages/)")
-    reader = _import_supervision()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it would rather have OpenCV, and reads small text files without
+        try:
+            from supervision import DetectionDataset as reader
+        except ImportError as error:
+            raise UserError(f'{error}: the package that reads these formats; pip install "detr_nb[formats]"') from error
     try:
         if kind == ".txt":
             sets = [reader.from_yolo(str(images), str(labels), str(names[0])) for images, labels in parts.values()]

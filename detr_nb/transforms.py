@@ -116,7 +116,7 @@ def read_reduced(
                 return None
             reduced = picture.draft(None, at_least[::-1])  # None for what is no JPEG
             even = reduced and reduced[1][2:] == picture.size  # no pixel that is only partly in the picture
-            if not reduced or picture.width * (2 if even else 3) > size[1]:  # to stretch a half would cost what it saves
+            if not reduced or picture.width * (2 if even else 3) > size[1]:  # stretching a half costs as much
                 return None
             rgb = picture.convert("RGB")
             rgb = rgb if even else rgb.resize(rgb.size, Image.Resampling.BILINEAR, reduced[1])
