@@ -11,7 +11,6 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -21,6 +20,7 @@ import msgspec
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from .distributed import UserError
@@ -123,15 +123,15 @@ class _Category(msgspec.Struct):
 
 
 class _Image(msgspec.Struct, gc=False):
-    id: _Id
-    height: _Side
-    width: _Side
+    id: _Id | str
     file_name: Annotated[str, msgspec.Meta(min_length=1)]
+    height: _Side | None = None
+    width: _Side | None = None
 
 
 class _Annotation(msgspec.Struct, gc=False):
     id: _Id
-    image_id: _Id
+    image_id: _Id | str
     category_id: _Id
     bbox: tuple[float | None, ...] | None = None
     area: Any = None
@@ -220,7 +220,7 @@ def _column(entries: list, key: str, kind: type = np.int64) -> np.ndarray:
     return np.fromiter(map(attrgetter(key), entries), kind, len(entries))
 
 
-def _repeated(values: Sequence[str]) -> list[str]:
+def _repeated(values: list[str] | tuple[str, ...]) -> list[str]:
     "Each value that occurs more than once, once, in order."
     return [value for value, count in Counter(values).items() if count > 1]
 
@@ -235,11 +235,9 @@ def _require_unique(ids: np.ndarray, name: str, path: Path) -> None:
 # %% ../nbs/06_annotations.ipynb #602cd363
 def _find_heading(categories: list[_Category], used: np.ndarray) -> _Category | None:
     "The category that all others name as their supercategory and that is not among the `used` ids; None without one."
-    groups = Counter(str(entry.supercategory) for entry in categories)
-    for entry in categories if len(categories) > 1 else ():
-        if groups[str(entry.name)] == len(categories) - 1 and str(entry.supercategory) != str(entry.name):
-            return None if (used == entry.id).any() else entry
-    return None
+    groups, others = Counter(str(entry.supercategory) for entry in categories), len(categories) - 1
+    heads = [one for one in categories if 0 < groups[str(one.name)] == others and one.supercategory != one.name]
+    return heads[0] if heads and not (used == heads[0].id).any() else None
 
 
 def _to_categories(entries: list[_Category], used: np.ndarray, path: Path) -> Categories:
@@ -256,22 +254,53 @@ def _to_categories(entries: list[_Category], used: np.ndarray, path: Path) -> Ca
                       "of its own; if they are meant as one, give them one id", DataWarning, stacklevel=2)
     return Categories(names, tuple(entry.id for entry in entries))
 
+# %% ../nbs/06_annotations.ipynb #06sizes1
+def _fill_sizes(entries: list[_Image], path: Path, folder: Path | None) -> None:
+    "Take sizes that the file lacks from the images in the folder, with one warning; raises DataError."
+    lacking = [i for i, entry in enumerate(entries) if entry.height is None or entry.width is None]
+    for i in lacking:
+        try:
+            with Image.open(folder / entries[i].file_name) as picture:  # reads the header only
+                turned = picture.getexif().get(ExifTags.Base.Orientation) in range(5, 9)
+                entries[i].width, entries[i].height = picture.size[::-1] if turned else picture.size
+        except Exception as error:  # no folder to look in, no file, or one that PIL cannot read
+            wrong = _wrong_value({"id": entries[i].id}, i, "images", "width" if entries[i].height else "height", path)
+            raise DataError(f"{wrong}, or known to the image's file: {error if folder else 'no folder'}") from error
+    if lacking:
+        warnings.warn(f"{path}: {len(lacking)} of {len(entries)} images are listed without width and height; both were "
+                      f"read from the files in {folder}", DataWarning, stacklevel=2)
+
+
+def _image_ids(images: list[_Image], annotations: list[_Annotation], path: Path) -> list[np.ndarray]:
+    "The ids of images and those that annotations name, all numbers or all text; raises DataError where they are mixed."
+    sides = ("images", "id", images), ("annotations", "image_id", annotations)
+    columns = [list(map(attrgetter(key), entries)) for _, key, entries in sides]
+    kinds = {*map(type, columns[0]), *map(type, columns[1])}
+    if len(kinds) > 1:
+        section, i, entry, key = next((section, i, entry, key) for section, key, entries in sides
+                                      for i, entry in enumerate(entries) if isinstance(getattr(entry, key), str))
+        raise _wrong_value({"id": entry.id, key: getattr(entry, key)}, i, section, key, path)
+    return [np.array(column, dtype=str if kinds == {str} else np.int64) for column in columns]
+
 # %% ../nbs/06_annotations.ipynb #720ec0bf
-def _to_images(entries: list[_Image], path: Path) -> ImageColumns:
+def _to_images(entries: list[_Image], ids: np.ndarray, path: Path, folder: Path | None) -> ImageColumns:
     "The images as columns; raises DataError where two have one id."
-    ids, names = _column(entries, "id"), [entry.file_name for entry in entries]
+    names = [entry.file_name for entry in entries]
     _require_unique(ids, "images", path)
+    _fill_sizes(entries, path, folder)
     if twice := _repeated(names):
         warnings.warn(f"{path}: {len(names) - len(set(names))} images share a file with another one: {named(twice)}. "
                       "If each of them holds a part of the file's annotations, merge them: what one lists is "
                       "background for the other", DataWarning, stacklevel=2)
     sizes = np.stack([_column(entries, "height"), _column(entries, "width")], axis=1)
+    ids = np.arange(1, len(ids) + 1) if ids.dtype.kind == "U" else ids
     return ImageColumns(torch.from_numpy(ids), torch.from_numpy(sizes), PackedBytes.pack([n.encode() for n in names]))
 
 
-def read_images(path: Path) -> ImageColumns:
+def read_images(path: Path, folder: Path | None = None) -> ImageColumns:
     "The images that an annotation file lists, whatever is wrong with its annotations; raises DataError."
-    return _to_images(_read_entries(path, _Images).images, path)
+    images = _read_entries(path, _Images).images
+    return _to_images(images, _image_ids(images, [], path)[0], path, folder)
 
 # %% ../nbs/06_annotations.ipynb #b5b290a7
 def _to_boxes(entries: list[_Annotation], path: Path) -> np.ndarray:
@@ -355,14 +384,15 @@ class _Listed(NamedTuple):
     boxes: np.ndarray  # (objects, 4) xywh in pixels, float64
 
 
-def read_listed(path: Path) -> _Listed:
+def read_listed(path: Path, folder: Path | None = None) -> _Listed:
     "Read and check a COCO annotation file; raises DataError, warns with DataWarning."
     file = _read_entries(path)
-    entries, categories_used = file.annotations, _column(file.annotations, "category_id")
-    categories, images = _to_categories(file.categories, categories_used, path), _to_images(file.images, path)
-    ids, boxes = _column(entries, "id"), _to_boxes(entries, path)
+    entries, (known, owners) = file.annotations, _image_ids(file.images, file.annotations, path)
+    categories_used, ids = _column(entries, "category_id"), _column(entries, "id")
+    categories = _to_categories(file.categories, categories_used, path)
+    images, boxes = _to_images(file.images, known, path, folder), _to_boxes(entries, path)
     _check_annotation_ids(ids, path)
-    rows = _rows_of(_column(entries, "image_id"), images.ids.numpy(), ids, "image_id", path)
+    rows = _rows_of(owners, known, ids, "image_id", path)
     labels = _rows_of(categories_used, np.array(categories.ids), ids, "category_id", path)
     crowd = np.array([bool(entry.iscrowd) for entry in entries])
     order = np.flatnonzero(_keep_sound(boxes, images.sizes.numpy()[rows], crowd, ids, path))

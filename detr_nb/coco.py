@@ -100,10 +100,10 @@ def _has_outline(entry: Any, height: int, width: int) -> bool:
         return False
 
 
-def read_index(path: Path | str, with_masks: bool = False) -> CocoIndex:
-    "An annotation file as columns, checked, with the outlines if wanted; raises DataError, warns with DataWarning."
+def read_index(path: Path | str, with_masks: bool = False, folder: Path | None = None) -> CocoIndex:
+    "An annotation file as columns, checked; sizes it lacks from the images in `folder`. Raises DataError, warns."
     path = Path(path)
-    images, categories, entries, rows, labels, boxes = read_listed(path)
+    images, categories, entries, rows, labels, boxes = read_listed(path, folder)
     ids, sizes = np.array([entry.id for entry in entries]), images.sizes.numpy()[rows]
     keep, outlines = np.ones(len(ids), bool), None
     if with_masks:
@@ -122,7 +122,7 @@ def read_index(path: Path | str, with_masks: bool = False) -> CocoIndex:
 # %% ../nbs/07_coco.ipynb #e8baaac8
 class Sample(NamedTuple):
     "One image on its way from the disk to the batch."
-    image: UInt8[Tensor, "3 H W"]  # RGB, the pixels as stored in the file
+    image: UInt8[Tensor, "3 H W"]  # RGB, the pixels as stored in the file, or fewer of them, see chapter 08
     labels: Int64[Tensor, "N"]  # classes 0..K-1
     boxes: Float[Tensor, "N 4"]  # xyxy, pixels of `image`
     image_id: int  # the data set's own number for the image
@@ -181,17 +181,20 @@ def _read_as_listed(path: Path, annotations: Path, image_id: int, listed: tuple[
                     "belong to another picture. Use the images that the file was made for, or correct sizes and boxes")
 
 # %% ../nbs/07_coco.ipynb #3da11265
-def read_sample(index: CocoIndex, row: int, folder: Path, annotations: Path, with_masks: bool = False) -> Sample:
-    "The image in `row` of the index with its objects, crowds left out; raises DataError naming the image's file."
+def read_sample(index: CocoIndex, row: int, folder: Path, annotations: Path, with_masks: bool = False,
+                read: Callable[[Path, tuple[int, int]], Tensor | None] | None = None) -> Sample:
+    "The image in `row`, by `read` if that gives one, with its objects but crowds; raises DataError naming its file."
     images, objects = index.images, index.objects
     path = folder / images.names.item(row).decode()
     image_id, (height, width) = int(images.ids[row]), images.sizes[row].tolist()
-    image = _read_as_listed(path, annotations, image_id, (height, width))
+    image = read(path, (height, width)) if read and not with_masks else None  # smaller, perhaps
+    image = _read_as_listed(path, annotations, image_id, (height, width)) if image is None else image
     own = torch.arange(*objects.offsets[row : row + 2].tolist())
     own = own[~objects.crowd[own]]
-    inside = clip_to_image(objects.boxes[own].numpy(), np.array([[height, width]]))
+    inside = torch.from_numpy(clip_to_image(objects.boxes[own].numpy(), np.array([[height, width]])))
+    inside *= inside.new_tensor([image.shape[2] / width, image.shape[1] / height] * 2)
     masks = _decode_outlines(objects, own, height, width, annotations) if with_masks else None
-    return Sample(image, objects.labels[own], torch.from_numpy(inside), image_id, (height, width), masks)
+    return Sample(image, objects.labels[own], inside, image_id, (height, width), masks)
 
 # %% ../nbs/07_coco.ipynb #23e1da8a
 def missing_files(folder: Path, names: list[str]) -> list[str]:
@@ -312,7 +315,7 @@ class CocoDataset(IndexView, Dataset):
         "Read and check the annotation file, and that the images are there; raises DataError."
         self.folder, self.annotations = Path(images).expanduser(), Path(annotations).expanduser()
         self.transform, self.seed, self.with_masks = transform, seed, with_masks
-        index = read_index(self.annotations, with_masks)
+        index = read_index(self.annotations, with_masks, self.folder)
         super().__init__(index, torch.arange(len(index.images.ids)))
         require_files(self.folder, index.images, self.annotations)
 
@@ -320,11 +323,12 @@ class CocoDataset(IndexView, Dataset):
         "The sample at `index`, or at `(epoch, index)`: the epoch chooses the transform's random numbers."
         epoch, index = key if isinstance(key, tuple) else (0, key)
         index = range(len(self))[operator.index(index)]  # raises IndexError, understands -1
-        sample = read_sample(self.index, int(self.rows[index]), self.folder, self.annotations, self.with_masks)
+        sample = read_sample(self.index, int(self.rows[index]), self.folder, self.annotations, self.with_masks,
+                             getattr(self.transform, "read", None))
         return self.transform(sample, sample_rng(self.seed, epoch, index)) if self.transform else sample
 
 # %% ../nbs/07_coco.ipynb #141e57e6
-SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation")}  # in the names of files and folders
+SPLIT_NAMES = {"train": ("train", "default"), "val": ("val", "valid", "validation")}  # in names of files and folders
 
 
 def _annotation_files(root: Path, split: str) -> list[Path]:
@@ -334,7 +338,7 @@ def _annotation_files(root: Path, split: str) -> list[Path]:
         return [standard]
     words = SPLIT_NAMES.get(split, (split,))
     dated = [path for path in sorted(root.glob("annotations/instances_*.json"))
-             if path.stem.removeprefix("instances_").rstrip("0123456789") in words]
+             if path.stem.removeprefix("instances_").rstrip("0123456789").lower() in words]
     exported = [path for word in words if (path := root / word / "_annotations.coco.json").is_file()]
     return dated + exported
 
@@ -352,9 +356,10 @@ def find_split(root: Path | str, split: str) -> tuple[Path, Path]:
                         f"{root}: looked for annotations/instances_{split}2017.json, "
                         f"annotations/instances_{split}*.json, {', '.join(wanted)}; there: "
                         f"{named(path.relative_to(root).as_posix() for path in there) or 'none'}. Name the file and "
-                        f"its folder with --{split}_annotations and --{split}_images")
+                        f"its folder with --{split}_annotations and --{split}_images"
+                        + ", or keep a share of the training images with --val_share" * (split == "val"))
     name = found[0].stem.removeprefix("instances_")
-    folders = [found[0].parent] if name.startswith("_") else [root / name, root / "images" / name]
+    folders = [found[0].parent] if name.startswith("_") else [root / name, root / "images" / name, root / "images"]
     for folder in folders:
         if folder.is_dir():
             return found[0], folder

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 from urllib.parse import unquote, urlsplit
 
+import msgspec
 import numpy as np
 import torch
 import tyro
@@ -27,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from .annotations import Categories
+from .annotations import Categories, named
 from .batching import pad_images
 from .boxes import clip_boxes
 from .checkpoints import CheckpointError
@@ -212,6 +213,38 @@ def _image_ids(names: Sequence[str]) -> list[int]:
         return [int(stem) for stem in stems]
     return list(range(1, len(names) + 1))
 
+
+_ListedImage = msgspec.defstruct("_ListedImage", [("id", int | str), ("file_name", str)])
+_Listing = msgspec.defstruct("_Listing", [("images", list[_ListedImage])])  # of a file no more is read than this
+
+
+def _annotations_of(sources: Sequence[str]) -> Path | None:
+    "The annotation file beside the one folder that the pictures lie in, in COCO's or Roboflow's layout, or None."
+    folders = {path if path.is_dir() else path.parent for path in map(Path, sources)}
+    beside = [path for folder in folders for path in (
+        folder / "_annotations.coco.json", *(above / "annotations" / f"instances_{folder.name}.json"
+                                             for above in folder.absolute().parents[:2]))]
+    return next(filter(Path.is_file, beside), None) if len(folders) == 1 else None
+
+
+def _ids_of_the_set(names: Sequence[str], path: Path, must: bool) -> list[int | str]:
+    "The ids by which an annotation file lists the pictures; raises `UserError` when it `must` list one and does not."
+    try:
+        images = msgspec.json.decode(path.read_bytes(), type=_Listing).images
+    except (OSError, msgspec.DecodeError) as error:
+        raise UserError(f"{path} is no annotation file that lists images: {error}") from error
+    listed = {image.file_name: image.id for image in images}
+    if not (unlisted := [name for name in names if name not in listed]):
+        _logger.info("the ids of the images are those of %s", path)
+    elif len(unlisted) < len(names):
+        _logger.warning("%s does not list %d of %d pictures: %s", path, len(unlisted), len(names), named(unlisted))
+    elif must:
+        raise UserError(f"{path} lists none of the pictures: {named(unlisted)}. It lists {named(listed)}")
+    else:
+        return _image_ids(names)
+    free = count(1 + max((one for one in listed.values() if isinstance(one, int)), default=0))
+    return [listed[name] if name in listed else next(free) for name in names]
+
 # %% ../nbs/24_predict.ipynb #d8b2c90f
 def _coco_file(detector: LoadedDetector, **info: object) -> dict[str, list]:
     "The parts of a COCO file, still without images."
@@ -231,7 +264,7 @@ def _write_json(content: dict[str, list], path: Path) -> None:
     path.write_text("{" + ",\n ".join(parts) + "}\n", encoding="utf-8")
 
 # %% ../nbs/24_predict.ipynb #ee12aef0
-def _write_segments(result: Result, path: Path, image_id: int, classes: Categories) -> dict:
+def _write_segments(result: Result, path: Path, image_id: int | str, classes: Categories) -> dict:
     "Write the PNG of a picture's segments; its entry in a panoptic file."
     pixels, *columns = result.segments
     Image.fromarray(ids_to_rgb(pixels.numpy())).save(path)
@@ -252,6 +285,8 @@ class PredictSettings:
     masks: bool = False
     # draw one map of segments, and write it in COCO's panoptic format; the model needs a mask head
     panoptic: bool = False
+    # file of the data set that the pictures belong to, whose ids they get; empty: one in a known layout beside them
+    annotations: str = ""
     pictures: bool = True  # draw pictures; without them only the results are written
     # a font file (.ttf, .otf, .ttc) for the names, where this machine has none with their letters
     font: Path | None = None
@@ -291,7 +326,7 @@ def _draw_into(result: Result, path: Path, font: Path | None) -> None:
         result.draw(font).save(path, quality=92)
 
 
-def _note(files: dict[str, dict], result: Result, image_id: int, folder: Path, classes: Categories) -> None:
+def _note(files: dict[str, dict], result: Result, image_id: int | str, folder: Path, classes: Categories) -> None:
     "Put a result into the files that are to be written, and its map of segments beside them."
     height, width = result.size
     for name, file in files.items():
@@ -300,7 +335,7 @@ def _note(files: dict[str, dict], result: Result, image_id: int, folder: Path, c
             continue
         file["images"].append({"id": image_id, "file_name": result.name, "width": width, "height": height})
         if name == "panoptic.json":
-            file["annotations"].append(_write_segments(result, folder / f"{image_id:012d}.png", image_id, classes))
+            file["annotations"].append(_write_segments(result, folder / f"{image_id:0>12}.png", image_id, classes))
         else:
             file["annotations"] += result.to_coco(image_id, len(file["annotations"]) + 1)
 
@@ -311,6 +346,8 @@ def write_predictions(settings: PredictSettings) -> int:
     found = find_pictures(settings.sources, output)
     names = [name for name, _ in found]
     paths = [output / name for name in _drawn_names(names)]
+    listing = Path(settings.annotations) if settings.annotations else _annotations_of(settings.sources)
+    ids = _ids_of_the_set(names, listing, bool(settings.annotations)) if listing else _image_ids(names)
     if settings.pictures:
         find_font("", settings.font)  # is it one?
         _spare_sources(found, paths)
@@ -321,7 +358,7 @@ def write_predictions(settings: PredictSettings) -> int:
     classes = Categories(detector.names, detector.category_ids)
     files = {name: _coco_file(detector, description=name[:-5], weights=settings.weights, threshold=settings.threshold)
              for name in ("detections.json", "panoptic.json")[: 1 + settings.panoptic]}
-    coming = zip(tqdm(results, total=len(found), unit="picture", disable=None), _image_ids(names), paths)
+    coming = zip(tqdm(results, total=len(found), unit="picture", disable=None), ids, paths)
     try:
         with ThreadPoolExecutor() as pool, logging_redirect_tqdm():
             while part := list(islice(coming, 4 * settings.batch_size)):

@@ -27,6 +27,11 @@ pytestmark = [
 ]
 
 
+def exif_note(orientation: int) -> bytes:
+    "EXIF data with nothing but an orientation, as a number of four bytes."
+    return b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x04\0\0\0\x01" + orientation.to_bytes(4, "big") + bytes(4)
+
+
 def annotation(number: int, image: int, category: int, bbox: list, **more) -> dict:
     return {"id": number, "image_id": image, "category_id": category, "bbox": bbox, "area": 12.5, "iscrowd": 0, **more}
 
@@ -370,6 +375,12 @@ def lay_out(root: Path, *files: str) -> Path:
     ("test", ["train/_annotations.coco.json", "test/_annotations.coco.json"], 1, "test"),
     ("train", ["annotations/instances_train2017.json", "train/_annotations.coco.json", "train2017/"], 0, "train2017"),
     ("val", ["annotations/instances_val2017.json", "val/_annotations.coco.json", "val2017/"], 0, "val2017"),
+    ("train", ["annotations/instances_default.json", "images/default/"], 0, "images/default"),  # CVAT
+    ("train", ["annotations/instances_default.json", "images/"], 0, "images"),
+    ("train", ["annotations/instances_Train.json", "annotations/instances_Validation.json", "images/Train/"], 0,
+     "images/Train"),
+    ("val", ["annotations/instances_Train.json", "annotations/instances_Validation.json", "images/Validation/"], 1,
+     "images/Validation"),
 ])  # fmt: skip
 def test_a_layout_is_recognised(tmp_path, split, files, annotations, images):
     assert find_split(lay_out(tmp_path, *files), split) == (tmp_path / files[annotations], tmp_path / images)
@@ -387,6 +398,7 @@ def test_a_layout_is_recognised(tmp_path, split, files, annotations, images):
     ("train", ["annotations/instances_train.json"], ["no folder of images", "instances_train.json", "images/train",
                                                      "--train_images"]),
     ("train", ["annotations/instances_trainer.json", "trainer/"], ["no annotation file"]),
+    ("val", ["annotations/instances_default.json", "images/"], ["no annotation file", "_default", "--val_share"]),
 ])  # fmt: skip
 def test_a_layout_that_is_unclear_is_refused_with_what_was_looked_for(tmp_path, split, files, words):
     with pytest.raises(DataError) as caught:
@@ -394,6 +406,78 @@ def test_a_layout_that_is_unclear_is_refused_with_what_was_looked_for(tmp_path, 
     message = str(caught.value)
     assert str(tmp_path) in message and "\n" not in message
     assert all(word in message for word in words), message
+
+
+# ---------------------------------------------------------------- what exporters leave out or write otherwise
+
+
+def loosely(root: Path, content, **more) -> tuple[CocoDataset, list[str]]:
+    "The data set of the content, and what it warns of."
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DataWarning)
+        data = open_coco(write(root, content), "train", **more)
+    return data, [str(warning.message) for warning in caught if warning.category is DataWarning]
+
+
+@pytest.mark.parametrize("lacking", [("width", "height"), ("height",), ("width",)])
+def test_sizes_that_the_file_lacks_come_from_the_images_with_one_warning(tmp_path, lacking):
+    content = good()
+    for image in content["images"][1:]:
+        for number, key in enumerate(lacking):
+            image.update({key: None}) if image["id"] == 3 and number else image.pop(key)
+    data, said = loosely(tmp_path, content, with_masks=True)
+    assert len(said) == 1 and "2 of 3 images are listed without width and height" in said[0]
+    whole, _ = loosely(tmp_path, good(), with_masks=True)
+    assert torch.equal(data.sizes, whole.sizes)
+    assert all(torch.equal(a, b) for i in range(3) for a, b in zip(data[i][:3], whole[i][:3]))
+
+
+@pytest.mark.parametrize("orientation, turned", [(1, False), (3, False), (6, True), (8, True), (65537, False)])
+def test_a_size_that_the_file_lacks_is_that_of_the_picture_as_people_see_it(tmp_path, orientation, turned):
+    content = good()
+    del content["images"][1]["width"]
+    path = write(tmp_path, content) / "train2017" / "three.png"
+    Image.new("RGB", (40, 30)).save(path, exif=exif_note(orientation))
+    with warnings.catch_warnings(record=True):
+        data = open_coco(tmp_path, "train")
+    assert data.sizes[1].tolist() == ([40, 30] if turned else [30, 40])
+    assert list(data[1].image.shape[1:]) == data.sizes[1].tolist()
+
+
+def test_a_size_that_neither_the_file_nor_the_image_tells_is_refused(tmp_path):
+    content = good()
+    content["images"][2] |= {"height": None, "file_name": "gone.png"}
+    refuses(tmp_path, content, "image 900 ", "height None", "gone.png")
+    refuses(tmp_path, content | {"images": [*content["images"][:2], {"id": 900, "file_name": "."}]}, "image 900 ")
+    with pytest.raises(DataError, match="image 900 .*height None"):
+        read_index(tmp_path / "annotations" / "instances_train2017.json")
+
+
+def with_text_ids(content: dict) -> dict:
+    for section, key in (("images", "id"), ("annotations", "image_id")):
+        for entry in content[section]:
+            entry[key] = f"img-{entry[key]}"
+    return content
+
+
+def test_ids_of_images_that_are_text_on_both_sides_are_taken(tmp_path):
+    data, whole = load(tmp_path, with_text_ids(good())), load(tmp_path, good())
+    assert data.image_ids.tolist() == [1, 2, 3]
+    assert torch.equal(data.index.objects.boxes, whole.index.objects.boxes)
+    assert torch.equal(data.index.objects.offsets, whole.index.objects.offsets)
+    assert sorted(a["image_id"] for a in data.coco_api().dataset["annotations"]) == [1, 1, 1, 2]
+
+
+def test_ids_of_images_that_are_text_are_checked_like_numbers(tmp_path):
+    content = with_text_ids(good())
+    content["annotations"][2]["image_id"] = "img-8"
+    refuses(tmp_path, content, "annotation ids 6", "image_ids img-8")
+    content = with_text_ids(good())
+    content["images"][2]["id"] = "img-7"
+    refuses(tmp_path, content, "images repeat an id", ": img-7.")
+    content = with_text_ids(good())
+    content["annotations"][2]["image_id"] = 1  # text on one side is no number of ours
+    refuses(tmp_path, content, "image 'img-7' (entry 0 of 'images')", "id 'img-7'")
 
 
 # ---------------------------------------------------------------- stop: the file as a whole
@@ -483,7 +567,6 @@ BIG = 2**70
         ("images", "id", "900", ["entry 2 of 'images'", "'900'"]),
         ("images", "width", 0, ["image 900", "width 0"]),
         ("images", "height", -3, ["image 900", "height -3"]),
-        ("images", "height", None, ["image 900 ", "height None"]),
         ("images", "file_name", "", ["image 900", "file_name ''"]),
         ("images", "file_name", None, ["image 900", "file_name None"]),
         ("images", "file_name", 900, ["image 900", "file_name 900"]),
@@ -616,11 +699,10 @@ def test_a_size_that_fits_neither_way_is_refused_with_both(tmp_path):
         data[1]
 
 
-@pytest.mark.parametrize("orientation", [0, 9, 65535])
+@pytest.mark.parametrize("orientation", [0, 9, 65535, 65537])
 def test_an_orientation_that_is_none_is_no_rotation(tmp_path, orientation, recwarn):
-    data, exif = load(tmp_path, good()), Image.Exif()
-    exif[0x0112] = orientation
-    Image.new("RGB", (40, 30)).save(tmp_path / "train2017" / "three.png", exif=exif)
+    data = load(tmp_path, good())
+    Image.new("RGB", (40, 30)).save(tmp_path / "train2017" / "three.png", exif=exif_note(orientation))
     assert data[1].image.shape == (3, 30, 40)
     assert not [warning for warning in recwarn.list if issubclass(warning.category, DataWarning)]
 

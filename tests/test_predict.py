@@ -18,6 +18,7 @@ from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
 from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from detr_nb import drawing
 from detr_nb import predict as predict_module
@@ -523,6 +524,57 @@ def test_pycocotools_reads_the_file_as_a_data_set_and_as_results(scene, weights,
     truth.createIndex()
     results = truth.loadRes(json.loads(Path("out/detections.json").read_text())["annotations"])
     assert len(results.anns) == 16 and results.anns[1]["score"] > 0
+
+
+@pytest.mark.parametrize("layout", ["set/valid/_annotations.coco.json", "set/annotations/instances_valid.json",
+                                    "annotations/instances_valid.json", "elsewhere.json"])
+@pytest.mark.parametrize("text", [False, True])  # ids of images that are text
+def test_pictures_of_a_data_set_get_its_ids_and_are_scored_as_they_are(
+        layout, text, scene, weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("set/valid").mkdir(parents=True)
+    ids = {f"{stem}.png": f"img-{n}" if text else n for stem, n in (("cat", 900), ("7", 3), ("dog", 12))}
+    for name in ids:
+        scene.save(Path("set/valid", name))
+    boxes = [{"id": n, "image_id": key, "category_id": IDS[0], "bbox": [10, 10, 50, 50], "area": 2500, "iscrowd": 0}
+             for n, key in enumerate(ids.values(), start=1)]
+    content = {"images": [{"id": key, "file_name": name, "width": 160, "height": 96} for name, key in ids.items()],
+               "annotations": boxes, "categories": [{"id": i, "name": name} for i, name in zip(IDS, NAMES)]}
+    path = Path(layout)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    flags = ["--annotations", path] if layout == "elsewhere.json" else []
+    run("set/valid", "--weights", weights, "--threshold", 0, "--output", "out", "--no_pictures", *flags)
+    written = json.loads(Path("out/detections.json").read_text())
+    assert {image["file_name"]: image["id"] for image in written["images"]} == ids
+    truth = COCO(layout)
+    scorer = COCOeval(truth, truth.loadRes(written["annotations"]), "bbox")
+    scorer.evaluate()
+    scorer.accumulate()
+    scorer.summarize()
+    assert len(scorer.cocoDt.anns) == 24 and scorer.stats[0] >= 0
+
+
+def test_a_picture_that_the_data_set_lacks_gets_a_number_of_its_own(scene, weights, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    Path("set/valid").mkdir(parents=True)
+    for name in ("a.png", "b.png"):
+        scene.save(Path("set/valid", name))
+    path = Path("set/valid/_annotations.coco.json")
+    path.write_text(json.dumps({"images": [{"id": 2, "file_name": "b.png"}, {"id": 1, "file_name": "gone.png"}]}))
+    run("set/valid", "--weights", weights, "--output", "out", "--no_pictures")
+    written = json.loads(Path("out/detections.json").read_text())
+    assert [(image["file_name"], image["id"]) for image in written["images"]] == [("a.png", 3), ("b.png", 2)]
+    assert "does not list 1 of 2 pictures: a.png" in caplog.text
+    others = '{"images": [{"id": 1, "file_name": "x.png"}]}'
+    for content, words in ((others, "lists none of the pictures: a.png, b.png"), ("[]", "is no annotation file")):
+        Path("other.json").write_text(content)
+        with pytest.raises(SystemExit, match=words):
+            run("set/valid", "--weights", weights, "--output", "out", "--annotations", "other.json")
+    path.write_text('{"images": [{"id": 77, "file_name": "x.png"}]}')  # beside them, and of other pictures
+    run("set/valid", "--weights", weights, "--output", "out", "--no_pictures")
+    written = json.loads(Path("out/detections.json").read_text())
+    assert [image["id"] for image in written["images"]] == [1, 2]
 
 
 def test_the_command_reports_a_broken_file_and_ends_with_a_status(scene, weights, tmp_path, monkeypatch, caplog):
