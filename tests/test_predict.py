@@ -1,12 +1,17 @@
 "Prediction on real files: what cameras, scanners and the web bring, and the command from the outside."
 
+import contextlib
 import copy
+import fcntl
 import functools
 import http.server
 import json
 import os
+import pty
+import struct
 import subprocess
 import sys
+import termios
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -479,15 +484,23 @@ def run(*arguments: object) -> None:
 
 
 def test_the_command_writes_pictures_and_one_coco_file(server, scene, detector, weights, tmp_path):
-    "From the outside, once; the other tests call its function."
+    "From the outside, once, with a terminal to draw its bar on; the other tests call its function."
     write_nine(scene, tmp_path / "album")
     scene.save(tmp_path / "web.png")
     environ = os.environ | {"PYTHONPATH": str(ROOT), "no_proxy": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     line = [sys.executable, "-m", "detr_nb.predict", "album", f"{server}/web.png", "--weights", str(weights),
             "--threshold", "0", "--output", "out", "--device", "cpu"]  # fmt: skip
-    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=environ, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "10/10" in done.stderr and "80 objects" in done.stderr  # the bar; eight queries a picture
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))  # rows and columns
+    process = subprocess.Popen(line, stderr=theirs, cwd=tmp_path, env=environ)
+    os.close(theirs)
+    said = b""
+    with contextlib.suppress(OSError):  # which is how a terminal says that nobody writes to it any more
+        while part := os.read(ours, 4096):
+            said += part
+    os.close(ours)
+    assert process.wait(timeout=300) == 0, said
+    assert b"10/10" in said and b"80 objects" in said  # the bar; eight queries a picture
     drawn = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert drawn == [*(f"{number}.jpg" for number in range(9)), "detections.json", "web.jpg"]
     with Image.open(tmp_path / "out/4.jpg") as picture:
@@ -508,13 +521,14 @@ def test_the_command_writes_pictures_and_one_coco_file(server, scene, detector, 
         assert entry["score"] == pytest.approx(score, abs=1e-5)
 
 
-def test_pycocotools_reads_the_file_as_a_data_set_and_as_results(scene, weights, tmp_path, monkeypatch):
+def test_pycocotools_reads_the_file_as_a_data_set_and_as_results(scene, weights, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("val").mkdir()
     for number in (285, 139):
         scene.save(f"val/{number:012d}.jpg")
     run("val", "--weights", weights, "--threshold", 0, "--output", "out", "--no_pictures")
     assert [path.name for path in Path("out").iterdir()] == ["detections.json"]
+    assert "picture/s" not in capsys.readouterr().err  # no bar where nobody looks on
     data = COCO("out/detections.json")
     assert data.getImgIds() == [139, 285] and len(data.anns) == 16  # COCO's ids, from COCO's names
     assert len(data.loadAnns(data.getAnnIds(imgIds=[139]))) == 8
