@@ -15,6 +15,7 @@ import termios
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -687,6 +688,32 @@ def test_a_mask_is_painted_on_its_own_pixels_and_no_others(painter, scene):
         changed = (drawn != 255).any(0)
         changed[:2, :2] = mask[:2, :2]  # where the empty box is drawn
         assert torch.equal(changed, mask)
+
+
+@pytest.fixture(params=["a stand-in", "the package"])
+def supervision(request, monkeypatch):
+    "The package where it is installed; else a module whose `Detections` keeps what it is given by name."
+    if request.param == "the package":
+        return pytest.importorskip("supervision")
+    module = ModuleType("supervision")
+    module.Detections = lambda *, xyxy, mask, confidence, class_id, data: SimpleNamespace(
+        xyxy=xyxy, mask=mask, confidence=confidence, class_id=class_id, data=data)
+    monkeypatch.setitem(sys.modules, "supervision", module)
+    return module
+
+
+def test_a_result_becomes_detections_of_supervision_in_one_call(painter, detector, scene, supervision, monkeypatch):
+    with_masks, boxes_only = answer(scene, painter, masks=True), answer(scene, detector)
+    for result in (with_masks, boxes_only, Result("nothing", "nothing", (96, 160))):
+        found = result.to_supervision()
+        assert np.array_equal(found.xyxy, result.boxes) and np.array_equal(found.confidence, result.scores)
+        assert np.array_equal(found.class_id, result.labels) and tuple(found.data["class_name"]) == result.names
+        assert tuple(found.data["category_id"]) == result.category_ids
+        assert (found.mask is None) if result.codes is None else np.array_equal(found.mask, result.masks)
+    assert found.xyxy.shape == (0, 4) and with_masks.codes and boxes_only.codes is None
+    monkeypatch.setitem(sys.modules, "supervision", None)  # as where it is not installed
+    with pytest.raises(UserError, match="pip install supervision"):
+        boxes_only.to_supervision()
 
 
 @pytest.mark.parametrize("kind", ["ours", "released"])
