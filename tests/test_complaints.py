@@ -1,15 +1,25 @@
 "What breaks in other people's trainers, each with a test that it cannot break here; the names are the complaints."
+import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from book_demos import spawn
 from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
 
 from detr_nb import engine, train
+from detr_nb.batching import Batch, collate
+from detr_nb.coco import Sample
+from detr_nb.config import PRESETS, Config
+from detr_nb.distributed import Process
+from detr_nb.engine import build_criterion, build_model, build_optimizer
 from detr_nb.runs import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore::detr_nb.annotations.DataWarning")
@@ -147,3 +157,106 @@ def test_the_first_step_leaves_no_trace_in_the_run(go, tmp_path, monkeypatch):
     for key in ("model", "ema"):
         assert all(torch.equal(tensor, second[key][name]) for name, tensor in first[key].items())
     assert any(name.endswith("running_mean") for name in first["model"])
+
+
+# ---- "Expected to have finished reduction in the prior iteration: unused parameters"
+
+SMALLEST = PRESETS["paper"].but(enc_layers=1, dec_layers=2, hidden_dim=32, nheads=4, dim_feedforward=16, num_queries=5,
+                                pretrained=False, backbone="small", backbone_norm="group")  # fmt: skip
+BACKBONES = {
+    "small": dict(backbone="small", backbone_norm="group"),
+    "resnet18": dict(backbone="resnet18", backbone_norm="frozen"),
+    "resnet18-batch": dict(backbone="resnet18", backbone_norm="batch"),
+    "timm-lite0": dict(backbone="timm/tf_efficientnet_lite0", backbone_norm="frozen"),
+    "timm-hrnet": dict(backbone="timm/hrnet_w18_small", backbone_norm="batch"),  # its last map needs not all of it
+}
+MASKS = {"boxes": {}, "masks": dict(masks=True), "frozen": dict(masks=True, frozen_weights="boxes.pth")}
+FLAGS = dict(aux_loss=(True, False), pre_norm=(True, False), position_embedding=("sine", "learned"),
+             dec_layers=(1, 2), enc_layers=(0, 1), lr_backbone=(1e-5, 0), optimizer=("adamw", "muon"),
+             dilation=(False, True))  # fmt: skip
+
+
+def combinations(backbone: str) -> list[dict]:
+    "Every combination of the flags that this backbone has."
+    flags = FLAGS if backbone in ("resnet18", "resnet18-batch", "timm-lite0") else FLAGS | dict(dilation=(False,))
+    return [dict(zip(flags, values)) for values in itertools.product(*flags.values())]
+
+
+def some_batch(counts: Sequence[int], masks: bool) -> Batch:
+    "Images of different heights with as many objects."
+    samples = []
+    for place, count in enumerate(counts):
+        size = (32 - 8 * place, 32)
+        boxes = torch.tensor([[4.0, 4, 16, 16]]).repeat(count, 1) + torch.arange(count)[:, None]
+        painted = torch.ones(count, *size, dtype=torch.bool) if masks else None
+        image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+        samples.append(Sample(image, torch.zeros(count, dtype=torch.int64), boxes, place, size, painted))
+    return collate(samples)
+
+
+def loss_of(model: torch.nn.Module, bare: torch.nn.Module, config: Config, counts: Sequence[int]) -> torch.Tensor:
+    "The loss of a batch, as the trainer takes it."
+    accelerator = SimpleNamespace(unwrap_model=lambda model: bare, autocast=nullcontext)
+    batch, criterion = some_batch(counts, config.model.masks), build_criterion(config, 2)
+    return engine.batch_losses(model, criterion, accelerator, batch, None, config.loss.aux_loss)["loss"]
+
+
+def without_gradient(config: Config) -> list[str]:
+    "What is to learn and gets no gradient, or is to learn and is in no group of the optimizer; with objects or none."
+    torch.manual_seed(0)
+    model, found = build_model(config, 2).train(), []
+    groups = build_optimizer(model, config).param_groups
+    learns = {id(parameter) for group in groups for parameter in group["params"]}
+    assert learns
+    for counts in ([2, 1], [0, 0]):
+        model.zero_grad()
+        loss_of(model, model, config, counts).backward()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad != (id(parameter) in learns) or parameter.requires_grad != (
+                    parameter.grad is not None):
+                found.append(f"{name} with {counts} objects")
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:.*random weights and frozen batch norm")
+@pytest.mark.parametrize("share", [7, pytest.param(1, marks=pytest.mark.slow)], ids=["every seventh", "all"])
+@pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_all_that_learns_gets_a_gradient_with_every_combination_of_flags(backbone, masks, share):
+    "Nothing else is in the optimizer, either; with no objects in the batch, too."
+    if "timm" in BACKBONES[backbone]["backbone"]:
+        pytest.importorskip("timm")
+    combined = combinations(backbone)[::share]
+    assert all({settings[name] for settings in combined} == set(values) for name, values in FLAGS.items()
+               if name != "dilation")
+    wrong = {str(settings): found for settings in combined if (found := without_gradient(
+        SMALLEST.but(**BACKBONES[backbone], **MASKS[masks], **settings)))}
+    assert not wrong, f"{len(wrong)} of {len(combined)}: {next(iter(wrong.items()))}"
+
+
+def steps_beside_nobody(process: Process, settings: dict) -> list[float]:
+    "Three steps of a process whose images have no objects in turn with the other's."
+    torch.manual_seed(0)
+    config = SMALLEST.but(**settings)
+    bare = build_model(config, 2).train()
+    optimizer = build_optimizer(bare, config)
+    model, norms = DistributedDataParallel(bare), []
+    for step in range(3):
+        counts = [3, 1] if step % 2 == process.rank else [0, 0]
+        loss_of(model, bare, config, counts).backward()
+        norms.append(float(torch.stack([p.grad.norm() for p in bare.parameters() if p.grad is not None]).norm()))
+        optimizer.step()
+        optimizer.zero_grad()
+    return norms
+
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(masks=True), dict(aux_loss=False, position_embedding="learned", dec_layers=1),
+    dict(masks=True, frozen_weights="boxes.pth", lr_backbone=0),
+    pytest.param(dict(BACKBONES["timm-hrnet"], aux_loss=False), id="timm-hrnet")], ids=str)
+def test_a_process_without_objects_does_not_stop_the_other(settings):
+    "DistributedDataParallel would raise at the second step where a parameter took no part in the first."
+    if "timm" in settings.get("backbone", ""):
+        pytest.importorskip("timm")
+    first, second = spawn(steps_beside_nobody, 2, settings)
+    assert first == second and len(first) == 3 and all(norm > 0 for norm in first)
