@@ -2,6 +2,7 @@
 import itertools
 import json
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,16 +15,18 @@ from book_demos import spawn
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
-from detr_nb import engine, train
+from detr_nb import convert, engine, predict, train
 from detr_nb.batching import Batch, collate
+from detr_nb.checkpoints import load_checkpoint, save_checkpoint
 from detr_nb.coco import Sample
 from detr_nb.config import PRESETS, Config
-from detr_nb.distributed import Process
-from detr_nb.engine import build_criterion, build_model, build_optimizer
+from detr_nb.detector import load
+from detr_nb.distributed import Process, UserError
+from detr_nb.engine import NotFinite, build_criterion, build_model, build_optimizer, check_settings, train_step
 from detr_nb.runs import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore::detr_nb.annotations.DataWarning")
-IDS = {7: "cell", 42: "platelet"}
+IDS = {42: "platelet", 7: "cell"}  # as the file lists them
 PICTURES = [(60, 80), (80, 60), (64, 64), (40, 120), (64, 64), (90, 60)]  # (height, width); object counts are 0 to 5
 QUIET = ["--device", "cpu", "--num_workers", "0", "--report_to", "none", "--num_threads", "1", "--log_every", "1"]
 TINY = ["--backbone", "small", "--backbone_norm", "group", "--no_pretrained", "--enc_layers", "1", "--dec_layers", "2",
@@ -260,3 +263,173 @@ def test_a_process_without_objects_does_not_stop_the_other(settings):
         pytest.importorskip("timm")
     first, second = spawn(steps_beside_nobody, 2, settings)
     assert first == second and len(first) == 3 and all(norm > 0 for norm in first)
+
+
+# ---- "I resumed with other settings, and do not know what I have now"
+
+
+@pytest.fixture(scope="module")
+def begun(pictures, tmp_path_factory) -> Path:
+    "The folder of a run that has come to its end."
+    folder = tmp_path_factory.mktemp("begun") / "run"
+    train.main(list(map(str, ["--coco_path", pictures, "--output_dir", folder, *TINY, *QUIET])))
+    return folder
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--batch_size", 3], ["--batch_size was 2", "is 3 now", "batches of 2 images were saved, they have 3 now",
+                           "what was learned is kept, going on at batch 0 of epoch 2 as step 4"]),
+    (["--accumulate", 2], ["--accumulate was 1", "(1, now 2, to a step): what was learned is kept"]),
+    (["--batch_size", 1, "--accumulate", 2], ["they have 1 now (1, now 2, to a step)", "as step 6"]),
+    (["--optimizer", "muon"], ["--optimizer was adamw", "is muon now", "its means begin anew; weights, epoch, step and "
+                               "the best score are kept"]),
+    (["--optimizer", "muon", "--accumulate", 2], ["its means begin anew", "(1, now 2, to a step)"]),
+    (["--lr_backbone", 0], ["--lr_backbone was 1e-05", "learns other parts", "its means begin anew"]),
+    (["--ema", 0.9], ["--ema was 0.0", "is 0.9 now"]),
+], ids=lambda words: " ".join(map(str, words)) if str(words[0]).startswith("--") else "")
+def test_a_run_resumed_with_other_settings_says_what_changed_and_keeps_the_rest(flags, says, begun, go, tmp_path,
+                                                                                monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(begun, folder)
+    before = load_checkpoint(folder / "checkpoint.pth")
+    found = []
+    monkeypatch.setattr(train, "_rehearse", lambda run: found.append({
+        name: tensor.clone() for name, tensor in run.bare_model.state_dict().items()}))
+    said = go("run", "--resume", folder / "checkpoint.pth", "--epochs", 3, *flags)
+    for words in says:
+        assert words in said
+    assert all(torch.equal(tensor, found[0][name]) for name, tensor in before["model"].items())
+    after = load_checkpoint(folder / "checkpoint.pth")
+    assert after["epoch"] == 3 and len((folder / "log.txt").read_text().splitlines()) == 3
+    assert after["optimizer"]["state"] and any(
+        not torch.equal(tensor, after["model"][name]) for name, tensor in before["model"].items())
+    if "begin anew" not in "".join(says):
+        taken, in_all = (state["optimizer"]["state"][0]["step"] for state in (before, after))
+        assert "begin anew" not in said and in_all > taken > 0
+
+
+def test_a_run_whose_model_is_another_is_not_resumed(begun, go):
+    for flags in (["--backbone", "resnet18"], ["--hidden_dim", 64], ["--masks"]):
+        assert "does not fit the model of this command line" in go(
+            "run", "--resume", begun / "checkpoint.pth", "--epochs", 3, *flags, fails=True)
+
+
+# ---- "My classes are 7 and 42, and it predicts 0 and 1"
+
+
+def check_ids(found: Sequence[dict]) -> None:
+    assert found and {entry["category_id"] for entry in found} <= set(IDS)
+
+
+def test_ids_stay_the_data_sets_own_from_training_to_predictions(begun, pictures, go, tmp_path):
+    "Of the run, of its checkpoint, of one that an older version wrote, of finetuned ones, of a folder of transformers."
+    check_ids(json.loads((begun / "detections_bbox.json").read_text()))
+    state = load_checkpoint(begun / "best.pth")
+    older = {key: state[key] for key in ("format", "version", "epoch", "step", "model", "config", "architecture")}
+    older |= {"classes": {key: state["classes"][key] for key in ("ids", "names")},
+              "preprocessing": {key: state["preprocessing"][key] for key in ("short_side", "max_size")}}
+    save_checkpoint(tmp_path / "older.pth", older)
+    go("finetuned", "--finetune", begun / "best.pth", "--keep_classes")
+    go("resumed", "--resume", begun / "checkpoint.pth", "--epochs", 3)
+    scores = []
+    for source in (begun, begun / "best.pth", tmp_path / "older.pth", tmp_path / "finetuned", tmp_path / "resumed"):
+        detector = load(source)
+        result = detector(pictures / "val2017/000000000006.png", threshold=0.0, device="cpu")
+        assert [IDS[key] for key in result.category_ids] == list(result.names)
+        assert dict(zip(detector.category_ids, detector.names)) == IDS
+        scores.append(result.scores)
+        predict.main([str(pictures / "val2017"), "--weights", str(source), "--threshold", "0", "--no_pictures",
+                      "--output", str(tmp_path / "out"), "--device", "cpu", "--num_workers", "0"])
+        written = json.loads((tmp_path / "out/detections.json").read_text())
+        assert {entry["id"]: entry["name"] for entry in written["categories"]} == IDS
+        check_ids(written["annotations"])
+    assert torch.equal(scores[0], scores[1]) and torch.equal(scores[0], scores[2])
+
+
+def test_ids_stay_through_the_folder_of_another_program(go, tmp_path):
+    flags = ["--backbone", "resnet18", "--backbone_norm", "batch", "--temperature", 10000, "--fast_dev_run"]
+    go("run", *flags)
+    convert.main([str(tmp_path / "run"), str(tmp_path / "theirs"), "--to", "transformers"])
+    detector = load(tmp_path / "theirs")
+    assert dict(zip(detector.category_ids, detector.names)) == IDS
+
+
+# ---- "The warm-up was longer than the training", "the rate never dropped", "float16 gave NaN"
+
+
+@pytest.mark.parametrize("flags, warmup, says", [
+    (["--epochs", 10, "--warmup_steps", 100], 3, "--warmup_steps 100 is more than a tenth of the run: it is 3"),
+    (["--epochs", 10, "--warmup_steps", 3, "--lr_drop", 9], 3, None),
+    (["--epochs", 1, "--warmup_steps", 2], 1, "it is 1"),
+    (["--epochs", 10, "--lr_drop", 10], 0, "--lr_drop 10: the learning rate never drops in 10 epochs"),
+    (["--epochs", 10, "--lr_drop", 9], 0, None),
+    (["--epochs", 10, "--lr_drop", 10, "--schedule", "cosine"], 0, None),
+], ids=lambda words: " ".join(map(str, words)) if isinstance(words, list) else "")
+def test_warm_up_and_drops_fit_the_run(flags, warmup, says, go, monkeypatch, caplog):
+    run = prepared(go, monkeypatch, *flags)
+    assert run.config.optimizer.warmup_steps == warmup
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    told = " ".join(text for text in told if "warmup" in text or "lr_drop" in text)
+    assert (says in told) if says else told == ""
+    steps = run.config.optimizer.epochs * run.steps_per_epoch
+    rates = [engine.rate_factor(step, run.steps_per_epoch, run.config) for step in range(steps)]
+    assert max(rates) > 0.97  # the rate that was asked for is reached, or nearly, where a cosine begins
+    if "--lr_drop" in flags and not told and "cosine" not in flags:
+        assert rates[-1] == pytest.approx(0.1)
+
+
+def test_half_precision_is_refused_where_it_cannot_work(monkeypatch):
+    wanted = PRESETS["paper"].but(coco_path="x", mixed_precision="fp16", report_to="none")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="fp16 is for GPUs: use bf16, or no"):
+        check_settings(wanted)
+    check_settings(wanted.but(mixed_precision="bf16"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    check_settings(wanted)
+
+
+class Float16:
+    "What accelerate does for float16 on a GPU, on this CPU: gradients too large for it, steps that are left out."
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.scaler, self.optimizer, self.num_processes = torch.amp.GradScaler("cpu", init_scale=2.0**16), optimizer, 1
+        self.autocast, self.unwrap_model = nullcontext, lambda model: model
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.scaler.scale(loss).backward()
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = parameter.grad.half().float()  # which is where float16 overflows
+
+    def clip_grad_norm_(self, parameters: Sequence, limit: float) -> torch.Tensor:
+        self.scaler.unscale_(self.optimizer)
+        return torch.nn.utils.clip_grad_norm_(parameters, limit)
+
+    def step(self) -> None:
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+
+
+def test_float16_with_many_layers_leaves_out_steps_that_overflow_and_never_learns_from_them():
+    "The first steps overflow and change nothing; the scale falls until they fit; a loss that is none ends the run."
+    torch.manual_seed(0)
+    config = SMALLEST.but(enc_layers=6, dec_layers=6, lr=1e-3)
+    model = build_model(config, 2).train()
+    accelerator = Float16(build_optimizer(model, config))
+    rest = build_criterion(config, 2), accelerator, accelerator, [some_batch([3, 1], False)], config
+    left_out, norms = 0, []
+    for _ in range(12):
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        losses, norm = train_step(model, *rest)
+        assert bool(losses["loss"].isfinite()) and all(parameter.isfinite().all() for parameter in model.parameters())
+        same = all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+        assert same == (not np.isfinite(norm))
+        left_out += same
+        norms.append(norm)
+    assert 0 < left_out < 12 and np.isfinite(norms[-1]) and accelerator.scaler.get_scale() < 2.0**16
+    model.class_embed.bias.data.fill_(torch.inf)
+    with pytest.raises((NotFinite, FloatingPointError)):
+        train_step(model, *rest)
