@@ -232,14 +232,18 @@ def whole_state(model: nn.Module, optimizer: torch.optim.Optimizer, sharded: boo
     return {"model": weights, "optimizer": moments}
 
 
-def load_whole_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, dict], sharded: bool) -> None:
-    "Load what `whole_state` gives."
+def load_whole_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, dict], sharded: bool) -> bool:
+    "Load what `whole_state` gives; returns whether the optimizer took its part, which one of other groups does not."
     if not sharded:
         getattr(model, "module", model).load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        return
+        sizes, saved = ([(len(group["params"]), group.get("muon")) for group in side["param_groups"]]
+                        for side in (optimizer.state_dict(), state["optimizer"]))
+        if sizes == saved:
+            optimizer.load_state_dict(state["optimizer"])
+        return sizes == saved
     import torch.distributed.checkpoint.state_dict as parts
 
     options = parts.StateDictOptions(full_state_dict=True, cpu_offload=True)
     parts.set_state_dict(model, getattr(optimizer, "optimizer", optimizer), model_state_dict=state["model"],
                          optim_state_dict=state["optimizer"], options=options)
+    return True

@@ -20,7 +20,7 @@ from .batching import IMAGENET_MEAN, IMAGENET_STD
 from .checkpoints import CheckpointError
 from .distributed import get_logger, user_errors
 from .layouts import DEPTHS, architecture, to_released, to_transformers
-from .pretrained import LoadedDetector, load_detector
+from .pretrained import LoadedDetector, load_detector, normalization
 from .segmentation import SegmentationDETR
 
 _logger = get_logger(__name__)
@@ -38,26 +38,30 @@ def _their_config(detector: LoadedDetector) -> dict[str, Any]:
               "out_features": [f"stage{k}" for k in range(1, 5)][0 if masks else 3 :]}
     backbone = {"use_timm_backbone": False, "backbone": None, "backbone_config": resnet}
     if found["dilation"]:
-        backbone = {"use_timm_backbone": True, "backbone": found["backbone"], "dilation": True,
-                    "backbone_kwargs": {"out_indices": [1, 2, 3, 4] if masks else [4]}}
+        backbone = {"use_timm_backbone": True, "backbone": found["backbone"], "dilation": True}
+    width = found["hidden_dim"]
+    if masks and any(size % min(8, size) for size in (width + found["nheads"], *(width >> k for k in range(1, 5)))):
+        raise CheckpointError(f"the mask head of transformers has norms of eight groups, which hidden_dim={width} with "
+                              f"nheads={found['nheads']} cannot be divided into: convert it without masks")
     halves = {f"{half}_{ours}": found[theirs] for half in ("encoder", "decoder") for ours, theirs in
               (("layers", f"{half[:3]}_layers"), ("attention_heads", "nheads"), ("ffn_dim", "dim_feedforward"))}
     return {"model_type": "detr", "architectures": ["DetrForSegmentation" if masks else "DetrForObjectDetection"],
             "use_pretrained_backbone": False, "d_model": found["hidden_dim"], "num_queries": found["num_queries"],
             "position_embedding_type": found["position_embedding"], "dropout": found["dropout"],
             "id2label": {str(place): name for place, name in enumerate(detector.names)},
-            "label2id": {name: place for place, name in enumerate(detector.names)}, **halves, **backbone}
+            "label2id": {name: place for place, name in enumerate(detector.names)},
+            "category_ids": list(detector.category_ids), **halves, **backbone}  # ids: for `load_detector`
 
 
 def _their_preprocessing(detector: LoadedDetector) -> dict[str, Any]:
     "The `preprocessor_config.json` of transformers; raises `CheckpointError` for images that keep their size."
-    short_side, max_size, _ = detector.preprocessing
+    (short_side, max_size, _), (mean, std) = detector.preprocessing, normalization(detector.model)
     if not short_side:
         raise CheckpointError("this model takes images as they are, which transformers cannot be told: train one with "
                               "--image_size")
     return {"image_processor_type": "DetrImageProcessor", "format": "coco_detection", "do_resize": True,
             "size": {"shortest_edge": short_side, "longest_edge": max_size}, "do_rescale": True, "do_normalize": True,
-            "image_mean": list(IMAGENET_MEAN), "image_std": list(IMAGENET_STD), "do_pad": True}
+            "image_mean": list(mean), "image_std": list(std), "do_pad": True}
 
 # %% ../nbs/36_convert.ipynb #36cell07
 def write_transformers(detector: LoadedDetector, folder: str | Path) -> Path:
@@ -93,6 +97,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if settings.to == "transformers":
             write_transformers(detector, settings.target)
         else:
+            if normalization(detector.model) != (IMAGENET_MEAN, IMAGENET_STD):
+                raise CheckpointError("the released code normalises images by ImageNet's mean and deviation, and this "
+                                      "model was trained with others: convert it --to transformers")
             written = to_released(detector.model)
             settings.target.parent.mkdir(parents=True, exist_ok=True)
             torch.save(written, settings.target)

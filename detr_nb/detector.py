@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .checkpoints import CheckpointError
 from .drawing import PictureError, Result, Source
-from .export import check_onnx, export_onnx
+from .export import check_onnx, export_file
 from .predict import predict
 from .pretrained import LoadedDetector, load_detector
 from .segmentation import SegmentationDETR
@@ -50,10 +50,10 @@ class Detector(LoadedDetector):
         "A result for each picture, in order, as they are found."
         return predict(sources, self, threshold, masks=self.has_masks if masks is None else masks, **settings)
 
-    def export(self, path: str | Path, check: bool = True) -> Path:
-        "Write the detector as an ONNX file, boxes only, and compare file and model; raises `ExportError`."
-        parts = self._replace(model=self.model.detr) if self.has_masks else self
-        written = export_onnx(parts, path)
+    def export(self, path: str | Path, check: bool = True, masks: bool = True) -> Path:
+        "Write the detector as an ONNX or a .pt2 file, and compare file and model; raises `ExportError`."
+        parts = self._replace(model=self.model.detr) if self.has_masks and not masks else self
+        written = export_file(parts, path)
         if check:
             check_onnx(parts.model, written)
         return written

@@ -350,6 +350,17 @@ class Result:
         "The detections as COCO annotations with scores; their ids count from `first_id`, at least 1."
         return _coco_annotations(self, image_id, first_id)
 
+    def to_supervision(self):
+        "The same as `supervision.Detections`, names and category ids in its `data`; raises `UserError` without it."
+        try:
+            from supervision import Detections
+        except ImportError as error:
+            raise UserError(f"to_supervision needs a package ({error}): pip install supervision") from None
+        masks = None if self.masks is None else self.masks.numpy()
+        data = {"class_name": np.array(self.names, str), "category_id": np.array(self.category_ids, int)}
+        return Detections(xyxy=self.boxes.numpy(), mask=masks, confidence=self.scores.numpy(),
+                          class_id=self.labels.numpy(), data=data)
+
 # %% ../nbs/23_drawing.ipynb #8da0d8f3
 def draw_predictions(
     predictions: Predictions,

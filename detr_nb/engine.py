@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.swa_utils import AveragedModel
 
+from .backbone import TimmBackbone
 from .batching import Batch
 from .config import Config
 from .criterion import SetCriterion
@@ -87,7 +88,16 @@ def build_model(config: Config, num_classes: int) -> DETR | SegmentationDETR:
     if settings["pretrained"] and (config.run.resume or config.run.frozen_weights or brought):
         settings["pretrained"] = None  # they are loaded later
     model = build_detr(num_classes, norm=settings.pop("backbone_norm"), **settings)
+    if isinstance(model.backbone, TimmBackbone) and not config.model.masks:
+        _freeze_unused(model.backbone)
     return build_segmentation(model, freeze=bool(config.run.frozen_weights)) if config.model.masks else model
+
+
+def _freeze_unused(backbone: TimmBackbone) -> None:
+    "Freeze what the last map does not depend on: without a gradient it would stop a run of several processes."
+    backbone.eval()(torch.zeros(1, 3, 224, 224)).maps[-1].sum().backward()
+    for parameter in backbone.train().parameters():
+        parameter.requires_grad_(parameter.grad is not None).grad = None
 
 
 def build_criterion(config: Config, num_classes: int) -> SetCriterion:

@@ -300,7 +300,9 @@ def resume(run: Run, name: str) -> None:
     own = [{key: value for key, value in group.items() if key not in ("params", "lr")}
            for group in run.optimizer.param_groups]
     try:
-        load_whole_state(run.model, run.optimizer, state, run.is_sharded)
+        if not load_whole_state(run.model, run.optimizer, state, run.is_sharded):
+            _logger.warning("--optimizer is another one, or learns other parts than in %s: its means begin anew; "
+                            "weights, epoch, step and the best score are kept", name)
         if run.average:  # of a run that had none it begins here
             run.average.module.load_state_dict(state.get("ema", state["model"]))
             run.average.n_averaged.fill_(state.get("ema_steps", 0))
@@ -323,16 +325,17 @@ def _go_on(run: Run, state: dict, path: Path) -> None:
         restore_generators(own["generators"])
         run.recent, saved = deque(own["recent"], maxlen=20), [own["averages"]]
     else:
-        _logger.warning("resumed on %d processes, saved on %d: the order of images and random numbers differ from here "
-                        "on", run.process.world_size, len(saved))
+        _logger.warning("resumed on %d processes, saved on %d: what was learned is kept, the order of "
+                        "images and random numbers differ from here on", run.process.world_size, len(saved))
     sums = {name: sum(s["sums"][name] for s in saved) / len(saved) for name in saved[0]["sums"]}
     run.averages = Averages({name: x.to(run.process.device) for name, x in sums.items()}, saved[0]["steps"])
     before = state["images_per_batch"], state["config"]["accumulate"]
     if before != (run.images_per_batch, run.config.optimizer.accumulate):
         run.batch = run.batch * state["images_per_batch"] // run.images_per_batch  # where as many images are done
         run.step = run.epoch * run.steps_per_epoch + run.batch // run.accumulate
-        _logger.warning("batches of %d images were saved, they have %d now: going on at batch %d of epoch %d as step "
-                        "%d", state["images_per_batch"], run.images_per_batch, run.batch, run.epoch, run.step)
+        _logger.warning("batches of %d images were saved, they have %d now (%d, now %d, to a step): what was learned is "
+                        "kept, going on at batch %d of epoch %d as step %d", before[0], run.images_per_batch, before[1],
+                        run.accumulate, run.batch, run.epoch, run.step)
     _logger.info("resumed %s: going on at batch %d of epoch %d", path, run.batch, run.epoch)
     _compare_rates(run, state, path)
     if run.process.is_main and run.folder.resolve() == path.parent.resolve():

@@ -59,7 +59,8 @@ def _convolve_enlarged(
     size: tuple[int, int],  # (H, W), mostly twice that of `x`
 ) -> Float[Tensor, "P E H W"]:
     "A convolution, with zeros around, of `x` enlarged to `size` by repeating its values; four ninths of the work."
-    if size != (2 * x.shape[-2], 2 * x.shape[-1]):  # a backbone's map of odd size has a coarser one of more than half
+    recorded = torch.compiler.is_exporting()  # for maps of any size
+    if recorded or size != (2 * x.shape[-2], 2 * x.shape[-1]):  # an odd size has a coarser one of more than half
         return F.conv2d(F.interpolate(x, size, mode="nearest"), weight, padding=1)
     turned = weight.flip(-2, -1).transpose(0, 1)
     square = [(left, 1 - left, top, 1 - top) for top in (0, 1) for left in (0, 1)]
@@ -198,6 +199,9 @@ def _paint_kept(
     at_once: int,
 ) -> Float[Tensor, "B Q H W"]:  # zeros for the other queries
     "The masks of the kept queries; in small portions, unless gradients are wanted."
+    if torch.compiler.is_exporting():  # all of them: how many are kept differs from batch to batch
+        image = torch.arange(kept.shape[0], device=kept.device).repeat_interleave(kept.shape[1])
+        return head(shared, attention.flatten(0, 1), image).unflatten(0, kept.shape)
     image, query = kept.nonzero(as_tuple=True)
     portion = len(image) if torch.is_grad_enabled() else at_once
     parts = zip(image.split(portion), query.split(portion))

@@ -14,6 +14,7 @@ if __name__ == "__main__" and __package__ == "detr_nb" and {"-h", "--help"} & se
 # %% ../nbs/34_train.ipynb #4e5e56b3
 import json
 import logging
+import math
 import time
 import warnings
 from pathlib import Path
@@ -47,6 +48,7 @@ from detr_nb.score import (
 )
 from .seeding import capture_generators, restore_generators, seed_everything
 from .segmentation import SegmentationDETR
+from .transforms import output_size, scaled_lengths
 
 _logger = get_logger(__name__)
 
@@ -173,12 +175,16 @@ def _report_non_finite(run: Run, batches: list[Batch], rates: list[float], error
 # %% ../nbs/34_train.ipynb #34worst2
 def _largest_batch(run: Run) -> Batch:
     "A batch as large as the training can ever get: its sides, its objects."
-    dataset, wanted, size = run.train_loader.dataset, preprocessing(run.config), run.config.optimizer.batch_size
-    sizes, objects = dataset.sizes.double(), int(dataset.object_counts.max())
-    factor = wanted["short_side"] / sizes.amin(1) if wanted["short_side"] else torch.ones(len(sizes))
-    height, width = (sizes * factor.minimum(wanted["max_size"] / sizes.amax(1))[:, None]).amax(0).ceil().int().tolist()
+    config, dataset, size = run.config, run.train_loader.dataset, run.config.optimizer.batch_size
+    wanted, shapes = preprocessing(config), set(map(tuple, dataset.sizes.tolist()))
+    if not (config.embedded or config.data.overfit):  # the paper's crops bring any image into these shapes, too
+        low, high = scaled_lengths((config.data.image_size or 800) / 800, 384, 600)
+        shapes |= {(low, high), (high, low)}
+    shapes = [output_size(*shape, wanted["short_side"] or min(shape), wanted["max_size"]) for shape in shapes]
+    height, width = map(max, zip(*shapes)) if size > 1 else max(shapes, key=math.prod)  # a tall one and a wide one
+    objects = int(dataset.object_counts.max())
     boxes = torch.tensor([[0.0, 0.0, width, height]]).expand(objects, 4)
-    masks = torch.ones(objects, height, width, dtype=torch.bool) if run.config.model.masks else None
+    masks = torch.ones(objects, height, width, dtype=torch.bool) if config.model.masks else None
     image, labels = torch.zeros(3, height, width, dtype=torch.uint8), torch.zeros(objects, dtype=torch.int64)
     return collate([Sample(image, labels, boxes, 0, (height, width), masks)] * size)
 

@@ -834,6 +834,19 @@ def test_another_width_or_depth_takes_what_still_fits():
     assert report.settings["hidden_dim"] == (32, 16)
 
 
+def test_another_network_keeps_its_own_backbone():
+    "A norm of a ResNet-50 fits a ResNet-18 by name and shape, and by nothing else."
+    model = fresh_model(2)
+    untouched = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    source = fill(detector_shapes(**R18 | dict(blocks=(3, 4, 6, 3), bottleneck=True)))
+    assert source["backbone.0.body.layer1.0.bn1.running_mean"].shape == (64,)
+    report = transfer_weights(model, source, ["a", "b"])
+    assert_same({name: x for name, x in model.state_dict().items() if name.startswith("backbone.")},
+                {name: x for name, x in untouched.items() if name.startswith("backbone.")})
+    assert report.settings == {"backbone": ("resnet50", "resnet18")} and "backbone.body.bn1.weight" in report.unused
+    assert "transformer.encoder.layers.0.linear1.weight" in report.loaded
+
+
 def test_the_number_of_names_must_be_the_number_of_classes():
     with pytest.raises(ValueError, match="3 class names for a model of 2 classes"):
         transfer_weights(fresh_model(2), fill(detector_shapes(**R18)), ["a", "b", "c"])

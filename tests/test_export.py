@@ -10,10 +10,14 @@ import pytest
 import torch
 from ledger import ONNXRUNTIME, TORCH, Ledger
 
+from detr_nb.batching import pad_images
 from detr_nb.checkpoints import save_checkpoint
+from detr_nb.detector import Detector
 from detr_nb.detr import DETR, build_detr
-from detr_nb.export import ExportError, OnnxDETR, check_onnx, export_onnx, export_program, main
-from detr_nb.pretrained import Preprocessing
+from detr_nb.export import ExportError, OnnxDETR, ProgramDETR, check_onnx, export_onnx, export_program, main
+from detr_nb.layouts import architecture
+from detr_nb.pretrained import Preprocessing, load_detector
+from detr_nb.segmentation import build_segmentation
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -65,6 +69,58 @@ def checkpoint(folder: Path) -> Path:
         "architecture": REDUCED | MODELS["small"], "preprocessing": Preprocessing(64, 160)._asdict(),
         "classes": {"ids": [3, 5, 9, 10, 11, 12, 90], "names": list("abcdefg")}})
     return path
+
+
+def padded_pictures() -> tuple[torch.Tensor, torch.Tensor]:
+    "A batch of four pictures of different sizes, so that each is padded otherwise; none fills the canvas."
+    generator = torch.Generator().manual_seed(7)
+    sizes = (101, 61), (70, 128), (33, 40), (64, 90)
+    return pad_images([torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8) for size in sizes])
+
+
+@pytest.fixture(scope="module")
+def painter(folder: Path) -> Path:
+    "A checkpoint of ours with masks, things and stuff; of a ResNet, which is translated soonest."
+    torch.manual_seed(0)
+    model = build_segmentation(build_detr(**REDUCED, backbone="resnet18", pretrained=None))
+    path = folder / "painter.pth"
+    save_checkpoint(path, {
+        "format": "detr_nb", "version": 1, "epoch": 0, "step": 0, "config": {}, "architecture": architecture(model),
+        "model": model.state_dict(), "preprocessing": Preprocessing(64, 160)._asdict(),
+        "classes": {"ids": [7, 42, 9, 10, 11, 12, 90], "names": list("abcdefg"), "is_thing": [True] * 5 + [False] * 2}})
+    return path
+
+
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+def test_the_command_takes_masks_along_and_each_picture_of_a_batch_has_its_own_padding(
+    ending: str, painter: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    "Eager against onnxruntime and against torch's own file, on a batch of pictures that are padded differently."
+    output, detector, (images, padding) = folder / f"painter.{ending}", load_detector(painter, True), padded_pictures()
+    with caplog.at_level("INFO", "detr_nb"):
+        main(["--weights", str(painter), "--output", str(output), "--masks"])
+    assert "checked on 6 batches" in caplog.text
+    exported = OnnxDETR(output, threads=1) if ending == "onnx" else ProgramDETR(output)
+    assert json.loads(exported.notes["category_ids"])[:2] == [7, 42]
+    assert "above 0 is the object" in exported.notes["masks"]
+    assert json.loads(exported.notes["is_thing"]) == [True] * 5 + [False] * 2
+    with torch.no_grad():
+        expected = detector.model(images, padding)
+    assert padding.flatten(1).any(1).all() and len(set(padding.flatten(1).sum(1).tolist())) == 4
+    found, forgotten = exported(images, padding), exported(images)
+    for ours, theirs in zip(found, (expected.logits[-1:], expected.boxes[-1:], expected.masks)):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    gaps = [[float((a - b).abs().amax()) for a, b in zip(side.logits[0], expected.logits[-1])]
+            for side in (found, forgotten)]  # of each picture
+    assert min(gaps[1]) > 100 * max(gaps[0])  # who leaves the mask out gets another answer for every picture
+
+
+@pytest.mark.slow
+def test_a_detector_of_masks_is_exported_with_or_without_them(painter: Path, folder: Path) -> None:
+    detector = Detector(*load_detector(painter, masks=True))
+    images, padding = padded_pictures()
+    whole, boxes = (ProgramDETR(detector.export(folder / f"{masks}.pt2", masks=masks)) for masks in (True, False))
+    assert whole(images, padding).masks.shape[:2] == (4, 10) and boxes(images, padding).masks is None
 
 
 @pytest.fixture(scope="module")

@@ -124,8 +124,11 @@ def test_evaluate_matches_classes_by_name(folder, tmp_path, capfd):
 def test_a_detector_becomes_a_file_that_is_checked(folder, tmp_path, monkeypatch):
     "Written and checked by the functions of the chapter on export, whose tests write real files."
     calls = []
-    monkeypatch.setattr(detector_module, "export_onnx", lambda detector, path: calls.append(detector) or Path(path))
+    monkeypatch.setattr(detector_module, "export_file", lambda detector, path: calls.append(detector) or Path(path))
     monkeypatch.setattr(detector_module, "check_onnx", lambda model, path: calls.append((model, path)))
     detector = detr_nb.load(folder / "masks")
     assert detector.export(tmp_path / "m.onnx") == tmp_path / "m.onnx"
     assert calls[0].names == detector.names and calls[1][1] == tmp_path / "m.onnx"
+    assert calls[0].model is detector.model
+    detector.export(tmp_path / "m.onnx", masks=False)
+    assert calls[2].model is calls[3][0] is detector.model.detr

@@ -1,15 +1,21 @@
 "Prediction on real files: what cameras, scanners and the web bring, and the command from the outside."
 
+import contextlib
 import copy
+import fcntl
 import functools
 import http.server
 import json
 import os
+import pty
+import struct
 import subprocess
 import sys
+import termios
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -480,15 +486,23 @@ def run(*arguments: object) -> None:
 
 
 def test_the_command_writes_pictures_and_one_coco_file(server, scene, detector, weights, tmp_path):
-    "From the outside, once; the other tests call its function."
+    "From the outside, once, with a terminal to draw its bar on; the other tests call its function."
     write_nine(scene, tmp_path / "album")
     scene.save(tmp_path / "web.png")
     environ = os.environ | {"PYTHONPATH": str(ROOT), "no_proxy": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     line = [sys.executable, "-m", "detr_nb.predict", "album", f"{server}/web.png", "--weights", str(weights),
             "--threshold", "0", "--output", "out", "--device", "cpu"]  # fmt: skip
-    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=environ, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "10/10" in done.stderr and "80 objects" in done.stderr  # the bar; eight queries a picture
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))  # rows and columns
+    process = subprocess.Popen(line, stderr=theirs, cwd=tmp_path, env=environ)
+    os.close(theirs)
+    said = b""
+    with contextlib.suppress(OSError):  # which is how a terminal says that nobody writes to it any more
+        while part := os.read(ours, 4096):
+            said += part
+    os.close(ours)
+    assert process.wait(timeout=300) == 0, said
+    assert b"10/10" in said and b"80 objects" in said  # the bar; eight queries a picture
     drawn = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert drawn == [*(f"{number}.jpg" for number in range(9)), "detections.json", "web.jpg"]
     with Image.open(tmp_path / "out/4.jpg") as picture:
@@ -509,13 +523,14 @@ def test_the_command_writes_pictures_and_one_coco_file(server, scene, detector, 
         assert entry["score"] == pytest.approx(score, abs=1e-5)
 
 
-def test_pycocotools_reads_the_file_as_a_data_set_and_as_results(scene, weights, tmp_path, monkeypatch):
+def test_pycocotools_reads_the_file_as_a_data_set_and_as_results(scene, weights, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("val").mkdir()
     for number in (285, 139):
         scene.save(f"val/{number:012d}.jpg")
     run("val", "--weights", weights, "--threshold", 0, "--output", "out", "--no_pictures")
     assert [path.name for path in Path("out").iterdir()] == ["detections.json"]
+    assert "picture/s" not in capsys.readouterr().err  # no bar where nobody looks on
     data = COCO("out/detections.json")
     assert data.getImgIds() == [139, 285] and len(data.anns) == 16  # COCO's ids, from COCO's names
     assert len(data.loadAnns(data.getAnnIds(imgIds=[139]))) == 8
@@ -725,6 +740,32 @@ def test_a_mask_is_painted_on_its_own_pixels_and_no_others(painter, scene):
         changed = (drawn != 255).any(0)
         changed[:2, :2] = mask[:2, :2]  # where the empty box is drawn
         assert torch.equal(changed, mask)
+
+
+@pytest.fixture(params=["a stand-in", "the package"])
+def supervision(request, monkeypatch):
+    "The package where it is installed; else a module whose `Detections` keeps what it is given by name."
+    if request.param == "the package":
+        return pytest.importorskip("supervision")
+    module = ModuleType("supervision")
+    module.Detections = lambda *, xyxy, mask, confidence, class_id, data: SimpleNamespace(
+        xyxy=xyxy, mask=mask, confidence=confidence, class_id=class_id, data=data)
+    monkeypatch.setitem(sys.modules, "supervision", module)
+    return module
+
+
+def test_a_result_becomes_detections_of_supervision_in_one_call(painter, detector, scene, supervision, monkeypatch):
+    with_masks, boxes_only = answer(scene, painter, masks=True), answer(scene, detector)
+    for result in (with_masks, boxes_only, Result("nothing", "nothing", (96, 160))):
+        found = result.to_supervision()
+        assert np.array_equal(found.xyxy, result.boxes) and np.array_equal(found.confidence, result.scores)
+        assert np.array_equal(found.class_id, result.labels) and tuple(found.data["class_name"]) == result.names
+        assert tuple(found.data["category_id"]) == result.category_ids
+        assert (found.mask is None) if result.codes is None else np.array_equal(found.mask, result.masks)
+    assert found.xyxy.shape == (0, 4) and with_masks.codes and boxes_only.codes is None
+    monkeypatch.setitem(sys.modules, "supervision", None)  # as where it is not installed
+    with pytest.raises(UserError, match="pip install supervision"):
+        boxes_only.to_supervision()
 
 
 @pytest.mark.parametrize("kind", ["ours", "released"])
