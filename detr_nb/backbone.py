@@ -259,7 +259,7 @@ class TimmBackbone(nn.Module):
         pretrained: bool | None = False,  # as in `Backbone`
         norm: str = "frozen",  # "frozen" or "batch": what batch norms become; other norms stay what they are
         dilation: bool = False,  # the last map has half the stride
-        trainable: bool = True,
+        trainable: bool = True,  # as in `Backbone`, which freezes what comes before stride 4
     ):
         super().__init__()
         try:
@@ -284,10 +284,16 @@ class TimmBackbone(nn.Module):
         self.channels, self.strides = (tuple(getattr(self.body.feature_info, of)()) for of in ("channels", "reduction"))
         self.num_channels, self.stride = self.channels[-1], self.strides[-1]
         self.requires_grad_(trainable)
+        if trainable and pretrained is not False:
+            early = max((i for i, stride in enumerate(self.strides) if stride <= 4), default=0)
+            below, known = self.body(torch.zeros(1, 3, 64, 64))[early].sum(), list(self.body.parameters())
+            for parameter, gradient in zip(known, torch.autograd.grad(below, known, allow_unused=True)):
+                parameter.requires_grad_(gradient is None)
 
     def forward(self, images: Float[Tensor, "B 3 H W"], padding: Bool[Tensor, "B H W"] | None = None) -> Features:
         "The maps of all stages, finest first, and the padding of the last."
-        maps = self.body(renormalize(images, self.mean, self.std, padding))
+        images = renormalize(images, self.mean, self.std, padding)
+        maps = self.body(images.contiguous(memory_format=torch.channels_last))  # which a CPU convolves faster
         return Features(tuple(maps), _shrink_padding(padding, maps[-1].shape[-2:]))
 
 

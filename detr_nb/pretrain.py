@@ -68,7 +68,8 @@ class _CellClassifier(nn.Module):
 # %% ../nbs/30_pretrain.ipynb #6a0e100b
 def pretrain_backbone(run: Run) -> None:
     "Let the backbone learn alone what the cells of its map show; goes on where `backbone.pth` is resumed."
-    config = run.config.but(epochs=run.config.model.pretrain_epochs, lr=3e-3, lr_backbone=3e-3, lr_muon=0.05,
+    gentle = 3e-4 if run.config.model.pretrained else 3e-3  # for what ImageNet taught
+    config = run.config.but(epochs=run.config.model.pretrain_epochs, lr=3e-3, lr_backbone=gentle, lr_muon=0.05,
                             warmup_steps=50, schedule="cosine")
     classifier = _CellClassifier(run.detr.backbone, run.detr.num_classes).to(run.process.device).train()
     stage = replace(run, model=classifier, optimizer=build_optimizer(classifier, config), checkpoint=BACKBONE,
