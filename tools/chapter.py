@@ -2,7 +2,7 @@
 
     python tools/chapter.py 02_boxes 03_plots        # all steps
     python tools/chapter.py --export-only 02_boxes   # sync and export, do not execute
-    python tools/chapter.py --flags slow -- 34_train # also run the cells marked `#| slow`
+    python tools/chapter.py --flags slow -- 36_train # also run the cells marked `#| slow`
 
 Cells whose flag is not named keep the outputs they were saved with. `slow` cells read runs that `make test-slow`
 trains; `external` ones need images that are not part of the project.
