@@ -301,7 +301,7 @@ class TimmBackbone(nn.Module):
         maps = self.body(images.contiguous(memory_format=torch.channels_last))  # which a CPU convolves faster
         return Features(tuple(maps), _shrink_padding(padding, maps[-1].shape[-2:]))
 
-
+# %% ../nbs/10_backbone.ipynb #997d31f1
 _LITE = re.compile(r"tf_efficientnet_lite([0-2])(\.in1k)?")  # without tf_ it is another network, of other weights
 
 

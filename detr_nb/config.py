@@ -194,7 +194,12 @@ PRESETS["shapes"] = PRESETS["paper"].but(
     num_queries=16, pre_norm=True, bbox_loss_coef=3, giou_loss_coef=1.2, group_by_shape=True,
 )
 PRESETS["finetune"] = PRESETS["paper"].but(
-    finetune="detr_resnet50", keep_classes=True, batch_size=8, lr=7e-5, lr_backbone=7e-6, epochs=50, schedule="cosine",
+    keep_classes=True, batch_size=8, lr=7e-5, lr_backbone=7e-6, epochs=50, schedule="cosine",
+)  # and what `detr_nb.finetune` chooses for the data set, as for the next one
+PRESETS["photos"] = PRESETS["shapes"].but(
+    backbone="timm/tf_efficientnet_lite0", backbone_norm="frozen", pretrained=True, dilation=True, keep_classes=True,
+    batch_size=8, lr_backbone=3e-4, lr=4e-4, lr_muon=0.01, image_size=240, num_workers=2, num_queries=60, epochs=20,
+    warmup_steps=40, group_by_shape=False,
 )
 _SHAPES_MASKS = dict(lr_masks=2e-3, lr_muon=0.005, warmup_steps=100, epochs=9, panoptic_threshold=0.35)
 _SHAPES_MASK_HEAD = dict(lr_masks=2e-3, warmup_steps=45, epochs=3)  # alone, the detector is frozen
@@ -202,7 +207,8 @@ _SHAPES_MASK_HEAD = dict(lr_masks=2e-3, warmup_steps=45, epochs=3)  # alone, the
 # %% ../nbs/27_config.ipynb #25573678
 def read_command_line(
     argv: list[str],
-    ask_checkpoint: Callable[[Config], dict[str, Any]] = lambda told: {},  # the settings of what is resumed or loaded
+    # of what is told and the preset's name: the settings of what is resumed or loaded, and what the data ask for
+    ask: Callable[[Config, str], dict[str, Any]] = lambda told, name: {},
 ) -> tuple[Config, str]:  # and the name of the preset
     "The configuration that a command line asks for. Raises `SystemExit` after `--help`, or for a flag that is none."
     named = argv[0] if argv and argv[0] in PRESETS else ""
@@ -214,7 +220,7 @@ def read_command_line(
         default = default.but(**(_SHAPES_MASK_HEAD if told.run.frozen_weights else _SHAPES_MASKS))
     if told.data.overfit:  # an epoch is a step or two
         default = default.but(epochs=600, eval_every=100, pretrain_epochs=0)
-    settings = ask_checkpoint(told)
+    settings = ask(told, name)
     config = _parse(argv, default.but(**settings))
     return config.but(resume=settings.get("resume", "")), name
 

@@ -33,7 +33,7 @@ from detr_nb.checkpoints import (
     CHECKPOINT, PREVIOUS, CheckpointError, Contents, load_checkpoint, load_whole_state,
     newest_checkpoint, read_source, save_checkpoint, settings_changed, whole_state,
 )
-from .config import PRESETS, Config, code_version
+from .config import Config, code_version
 from .layouts import architecture, known_architecture
 from .criterion import SetCriterion
 from .detr import DETR
@@ -100,11 +100,10 @@ def _set_aside(folder: Path) -> None:
     _logger.warning("%s held another run, which is in %s now; to go on with it, use --resume", folder, older)
 
 # %% ../nbs/29_runs.ipynb #52a0dd6b
-def ask_checkpoint(told: Config) -> dict[str, Any]:
+def ask_checkpoint(told: Config, preset: str = "") -> dict[str, Any]:
     "The settings that the checkpoint brings which is resumed, or which gives the weights; `resume` among them."
     run = told.run
-    by_preset = PRESETS["finetune"].run.finetune  # which nobody typed
-    if run.resume not in ("", "auto") and run.finetune not in ("", by_preset):  # with auto: to begin with, if need be
+    if run.resume not in ("", "auto") and run.finetune:  # with auto: to begin with, if need be
         raise UserError(f"--resume {run.resume} goes on with its own weights, and --finetune {run.finetune} would not "
                         "be read: leave one out")
     if resume := _find_checkpoint(told):
@@ -297,8 +296,7 @@ def resume(run: Run, name: str) -> None:
     for key, (old, new) in settings_changed(state["config"], run.config.flat()).items():
         if key not in ("resume", "output_dir", "verbose"):
             _logger.warning("--%s was %s in %s and is %s now", key, old, name, new)
-    own = [{key: value for key, value in group.items() if key not in ("params", "lr")}
-           for group in run.optimizer.param_groups]
+    own = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in run.optimizer.param_groups]
     try:
         if not load_whole_state(run.model, run.optimizer, state, run.is_sharded):
             _logger.warning("--optimizer is another one, or learns other parts than in %s: its means begin anew; "
@@ -319,23 +317,23 @@ def _go_on(run: Run, state: dict, path: Path) -> None:
     run.best = state["best_ap"], state.get("best_epoch", -1)
     if run.accelerator.scaler and state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
-    saved = [own["averages"] for own in state["processes"]]
-    if len(saved) == run.process.world_size:
-        own = state["processes"][run.process.rank]
-        restore_generators(own["generators"])
-        run.recent, saved = deque(own["recent"], maxlen=20), [own["averages"]]
+    if len(saved := state["processes"]) == run.process.world_size:
+        saved = [saved[run.process.rank]]
+        restore_generators(saved[0]["generators"])
+        run.recent = deque(saved[0]["recent"], maxlen=20)
     else:
-        _logger.warning("resumed on %d processes, saved on %d: what was learned is kept, the order of "
-                        "images and random numbers differ from here on", run.process.world_size, len(saved))
-    sums = {name: sum(s["sums"][name] for s in saved) / len(saved) for name in saved[0]["sums"]}
-    run.averages = Averages({name: x.to(run.process.device) for name, x in sums.items()}, saved[0]["steps"])
+        _logger.warning("resumed on %d processes, saved on %d: what was learned is kept, the order of images and "
+                        "random numbers differ from here on", run.process.world_size, len(saved))
+    saved, device = [own["averages"] for own in saved], run.process.device
+    sums = {name: sum(s["sums"][name] for s in saved).to(device) / len(saved) for name in saved[0]["sums"]}
+    run.averages = Averages(sums, saved[0]["steps"])
     before = state["images_per_batch"], state["config"]["accumulate"]
     if before != (run.images_per_batch, run.config.optimizer.accumulate):
         run.batch = run.batch * state["images_per_batch"] // run.images_per_batch  # where as many images are done
         run.step = run.epoch * run.steps_per_epoch + run.batch // run.accumulate
-        _logger.warning("batches of %d images were saved, they have %d now (%d, now %d, to a step): what was learned is "
-                        "kept, going on at batch %d of epoch %d as step %d", before[0], run.images_per_batch, before[1],
-                        run.accumulate, run.batch, run.epoch, run.step)
+        _logger.warning("batches of %d images were saved, they have %d now (%d, now %d, to a step): what was learned "
+                        "is kept, going on at batch %d of epoch %d as step %d", before[0], run.images_per_batch,
+                        before[1], run.accumulate, run.batch, run.epoch, run.step)
     _logger.info("resumed %s: going on at batch %d of epoch %d", path, run.batch, run.epoch)
     _compare_rates(run, state, path)
     if run.process.is_main and run.folder.resolve() == path.parent.resolve():
@@ -356,7 +354,6 @@ def _compare_rates(run: Run, state: dict, path: Path) -> None:
                         before, run.config.optimizer.epochs, path)
 
 # %% ../nbs/29_runs.ipynb #fb854483
-_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 SIGNALS: list[int] = []  # those that came
 _LAUNCHER = os.getppid() if {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys() else None
 
@@ -394,7 +391,7 @@ def end_if_asked(
         save(run)
     barrier()  # whoever leaves early may take the one with the pen along
     _logger.info("asked to stop: saved after batch %d of epoch %d; go on with --resume auto", run.batch, run.epoch)
-    raise SystemExit(_REQUEUE)
+    raise SystemExit(75)  # EX_TEMPFAIL of sysexits.h: try again later
 
 # %% ../nbs/29_runs.ipynb #402d7e8a
 def until_asked(run: Run, batches: Iterable[Batch]) -> Iterator[Batch]:

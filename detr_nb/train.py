@@ -35,11 +35,12 @@ from detr_nb.engine import (
     first_non_finite, preprocessing, rate_factor, set_rates, train_step,
 )
 from .evaluation import evaluate
+from .finetune import choose
 from .pretrain import pretrain_backbone
 from .pretrained import transfer_weights
 from .report import draw_curves, draw_run, expected, report_on, whole_model
 from detr_nb.runs import (
-    BACKBONE, Run, ask_checkpoint, end_if_asked, listening, log_epoch, log_look, log_step, open_run, resume,
+    BACKBONE, Run, end_if_asked, listening, log_epoch, log_look, log_step, open_run, resume,
     save_or_warn, score_name, steps_of_epoch, until_asked,
 )
 from detr_nb.score import (
@@ -198,8 +199,10 @@ def _rehearse(run: Run) -> None:
             f"with {int(batch.targets.counts[0])} objects each")
     try:
         moments = torch.zeros(2 * learned, device=device)  # AdamW's, which are not there yet
+        began = time.perf_counter()
         losses = batch_losses(run.model.train(), run.criterion, run.accelerator, batch, None, run.config.loss.aux_loss)
         run.accelerator.backward(losses["loss"])
+        seconds = (losses["loss"].item(), time.perf_counter() - began)[1]  # item() waits for a GPU
     except torch.OutOfMemoryError as error:
         raise UserError(f"{what}, does not fit into the memory of {device}: lower --batch_size, and raise --accumulate "
                         f"by as much, or lower --image_size ({error})") from error
@@ -210,7 +213,9 @@ def _rehearse(run: Run) -> None:
         buffer.copy_(before)
     on_gpu = device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
-    _logger.info("%s: %.1f GB of memory", what, peak / 2**30)
+    steps = (run.config.optimizer.epochs - run.epoch) * run.steps_per_epoch * run.accumulate
+    _logger.info("%s: %.1f GB of memory, %.2g s; if all were like it, the run would take %.2g hours", what,
+                 peak / 2**30, seconds, seconds * steps / 3600)
 
 # %% ../nbs/36_train.ipynb #4deb63f5
 def _plan(run: Run) -> tuple[int, int]:
@@ -342,7 +347,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with user_errors(verbose="--verbose" in argv):
             try:
-                config, preset = read_command_line(argv, ask_checkpoint)
+                config, preset = read_command_line(argv, choose)
                 check_settings(config)
             except (UserError, SystemExit) as error:
                 if getattr(error, "code", 1):  # not after --help
