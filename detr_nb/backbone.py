@@ -256,7 +256,7 @@ class TimmBackbone(nn.Module):
 
     def __init__(
         self,
-        name: str,  # as timm calls it
+        name: str,  # as timm calls it; with @16, say, up to the map of stride 16, and the rest of the network left out
         pretrained: bool | None = False,  # as in `Backbone`
         norm: str = "frozen",  # "frozen" or "batch": what batch norms become; other norms stay what they are
         dilation: bool = False,  # the last map has half the stride
@@ -269,23 +269,30 @@ class TimmBackbone(nn.Module):
             import timm
         except ImportError as error:
             raise UserError(f"--backbone timm/{name} needs a package ({error}): pip install 'detr_nb[timm]'") from None
+        whole_name, (name, _, last) = name, name.partition("@")
         weights, asked = _packed_weights(name) if pretrained else None, {"output_stride": 16} if dilation else {}
         try:
+            if last:
+                asked["feature_cls"] = "getter"  # the one that leaves layers out
+                strides = timm.create_model(name, features_only=True, **asked).feature_info.reduction()
+                if int(last) not in strides:
+                    raise ValueError(f"its maps have the strides {strides}, none has {last}")
+                asked["out_indices"] = list(range(strides.index(int(last)) + 1))
             fetch = bool(pretrained and not weights)
             self.body = timm.create_model(name, features_only=True, pretrained=fetch, **asked)
         except Exception as error:  # no such name, no maps, no network for its weights: timm raises a dozen kinds
-            raise UserError(f"--backbone timm/{name}: {error}") from error
+            raise UserError(f"--backbone timm/{whole_name}: {error}") from error
         if weights:
             whole = timm.create_model(name).state_dict()  # of the same order as the package's, which has other names
             named = dict(zip(whole, weights.values(), strict=True))
-            self.body.load_state_dict({key: named[key] for key in self.body.state_dict()})
+            self.body.load_state_dict({key: named[key.removeprefix("model.")] for key in self.body.state_dict()})
         if norm == "frozen":
             self.body = timm.layers.freeze_batch_norm_2d(self.body)
         told = getattr(self.body, "pretrained_cfg", None) or {}
         self.mean, self.std = told.get("mean", IMAGENET_MEAN), told.get("std", IMAGENET_STD)
         if _LITE.fullmatch(name):  # those of its training, which the file of weights is of: (x - 127) / 128 of bytes
             self.mean, self.std = (127 / 255,) * 3, (128 / 255,) * 3
-        self.name, self.norm = f"timm/{name}", norm
+        self.name, self.norm = f"timm/{whole_name}", norm
         self.channels, self.strides = (tuple(getattr(self.body.feature_info, of)()) for of in ("channels", "reduction"))
         self.num_channels, self.stride = self.channels[-1], self.strides[-1]
         self.requires_grad_(trainable)

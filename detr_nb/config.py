@@ -50,7 +50,8 @@ class DataConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     "The detector."
-    # network that makes the feature map: small, resnet18, resnet34, or timm/NAME (paper: resnet50, resnet101)
+    # network that makes the feature map: small, resnet18, resnet34, timm/NAME, or timm/NAME@16 as far as its map of
+    # stride 16 (paper: resnet50, resnet101)
     backbone: str = "resnet50"
     # its norm: as it was trained, or learning over batches, or over groups of channels (paper: frozen)
     backbone_norm: Literal["frozen", "batch", "group"] = "frozen"
@@ -197,7 +198,7 @@ PRESETS["finetune"] = PRESETS["paper"].but(
     keep_classes=True, batch_size=8, lr=7e-5, lr_backbone=7e-6, epochs=50, schedule="cosine",
 )  # and what `detr_nb.finetune` chooses for the data set, as for the next one
 PRESETS["photos"] = PRESETS["shapes"].but(
-    backbone="timm/tf_efficientnet_lite0", backbone_norm="frozen", pretrained=True, dilation=True, keep_classes=True,
+    backbone="timm/tf_efficientnet_lite0@16", backbone_norm="frozen", pretrained=True, keep_classes=True,
     batch_size=8, lr_backbone=3e-4, lr=4e-4, lr_muon=0.01, image_size=240, num_workers=2, num_queries=60, epochs=20,
     warmup_steps=40, group_by_shape=False,
 )

@@ -24,12 +24,11 @@ from .batching import collate
 from .checkpoints import RELEASED, read_source
 from .coco import CocoDataset, Sample
 from .config import PRESETS, Config
-from .distributed import UserError, choose_device, get_logger, user_errors
+from .distributed import UserError, choose_device, user_errors
 from .engine import build_criterion, build_model
 from .runs import ask_checkpoint
 from .score import open_split
 
-_logger = get_logger(__name__)
 EMBEDDED = Path("runs/shapes/best.pth")  # what `make train` leaves
 
 # %% ../nbs/35_finetune.ipynb #b465f782
@@ -132,8 +131,8 @@ def cautions(
              "no validation image shows one, so its AP is left out of the mean": val.objects == 0}
     found = []
     for text, chosen in kinds.items():
-        names = [f"{train.names[label]} ({count})" if count else train.names[label]
-                 for label, count in zip(chosen.nonzero()[:, 0], train.images_with[chosen].tolist())]
+        counts = [f" ({count})" * text.startswith("fewer") for count in train.images_with[chosen].tolist()]
+        names = [train.names[label] + count for label, count in zip(chosen.nonzero()[:, 0], counts)]
         if names:
             rest = f" and {len(names) - 5} more" * (len(names) > 5)
             found.append(f"{', '.join(names[:5])}{rest}: {text}")
@@ -178,7 +177,7 @@ def settings_for(told: Config, preset: str, train: Vitals, val: Vitals) -> tuple
         known = _habits(contents.rest["config"], len(contents.rest["processes"]))
     model = asdict(PRESETS["paper"].model) | settings
     known |= {"known_queries": model["num_queries"], "largest": 800 if torch.cuda.is_available() else 320,
-              "stride": 16 if model["dilation"] or model["backbone"] == "small" else 32}
+              "stride": 16 if model["dilation"] or model["backbone"].endswith(("small", "@16")) else 32}
     images = told.optimizer.batch_size * told.optimizer.accumulate * int(os.environ.get("WORLD_SIZE", 1))
     reasons = [_Suggestion("finetune", source, why), *suggest(train, val, images, **known)]
     return settings | {flag: value for flag, value, _ in reasons}, reasons
@@ -187,21 +186,21 @@ def settings_for(told: Config, preset: str, train: Vitals, val: Vitals) -> tuple
 def choose(
     told: Config,  # the command line on top of its preset
     preset: str,
+    reasons: list[_Suggestion] | None = None,  # why, is added to it
 ) -> dict[str, Any]:
     """The settings that a checkpoint brings, and with the presets `finetune` and `photos` what the data set asks for.
 
-    Says why. Raises `UserError`, `DataError` or `CheckpointError`.
+    Raises `UserError`, `DataError` or `CheckpointError`.
     """
     settings = ask_checkpoint(told)
     if preset not in ("finetune", "photos") or told.run.eval or "resume" in settings:
         return settings
     if told.embedded:
         raise UserError(f"the preset {preset} is for a data set of yours: name it with --coco_path")
-    chosen, reasons = settings_for(told, preset, *(vitals(open_split(told, split)) for split in ("train", "val")))
-    usual = PRESETS[preset].flat()
-    for flag, value, because in reasons:
-        if told.flat()[flag] == usual[flag]:  # nobody typed another
-            _logger.info("--%s %s: %s", flag, value, because)
+    splits = [vitals(open_split(told, split)) for split in ("train", "val")]
+    chosen, found = settings_for(told, preset, *splits)
+    if reasons is not None:
+        reasons += found
     return ask_checkpoint(told.but(finetune=chosen["finetune"])) | chosen
 
 # %% ../nbs/35_finetune.ipynb #dfc7de39

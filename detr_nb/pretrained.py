@@ -5,6 +5,7 @@ __all__ = ['COCO_NAMES', 'Preprocessing', 'LoadedDetector', 'load_detector', 'no
            'transfer_weights']
 
 # %% ../nbs/22_pretrained.ipynb #22000003
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -130,11 +131,13 @@ class Report(NamedTuple):
     settings: dict[str, tuple[Any, Any]]  # what no shape shows and is not alike: of the checkpoint, of the model
 
     def __str__(self) -> str:
-        "One line per tensor that was not taken whole."
+        "One line per tensor that was not taken whole, or per part of the model with more than ten of one kind."
         lines = [f"{self.source}: {len(self.loaded)} tensors taken, {len(self.partly)} in part"]
         lines += [f"  in part {name} {rows}" for name, rows in self.partly.items()]
-        lines += [f"  anew {name} {shape}" for name, shape in self.fresh.items()]
-        lines += [f"  not used {name} {shape}" for name, shape in self.unused.items()]
+        for kind, shapes in (("anew", self.fresh), ("not used", self.unused)):
+            parts = Counter(name.split(".")[0] for name in shapes)
+            lines += [f"  {kind} {part}: {count} tensors" for part, count in parts.items() if count > 10]
+            lines += [f"  {kind} {name} {shape}" for name, shape in shapes.items() if parts[name.split(".")[0]] <= 10]
         lines += [f"  differs {key}: {old} there, {new} here" for key, (old, new) in self.settings.items()]
         return "\n".join(lines)
 

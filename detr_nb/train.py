@@ -17,6 +17,7 @@ import logging
 import math
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -214,8 +215,8 @@ def _rehearse(run: Run) -> None:
     on_gpu = device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
     steps = (run.config.optimizer.epochs - run.epoch) * run.steps_per_epoch * run.accumulate
-    _logger.info("%s: %.1f GB of memory, %.2g s; if all were like it, the run would take %.2g hours", what,
-                 peak / 2**30, seconds, seconds * steps / 3600)
+    _logger.info("%s: %.1f GB of memory, %.2g s; with steps like it the training would take %.0f minutes", what,
+                 peak / 2**30, seconds, seconds * steps / 60)
 
 # %% ../nbs/36_train.ipynb #4deb63f5
 def _plan(run: Run) -> tuple[int, int]:
@@ -340,14 +341,14 @@ def _look_if_due(run: Run) -> None:
 @record
 def main(argv: list[str] | None = None) -> None:
     "Train or evaluate as the command line asks, and leave the group of processes."
-    argv = sys.argv[1:] if argv is None else argv
+    argv, reasons = sys.argv[1:] if argv is None else argv, []
     handler = logging.StreamHandler(sys.stderr)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=[handler])
     warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1x1 convolutions, where any stride is right
     try:
         with user_errors(verbose="--verbose" in argv):
             try:
-                config, preset = read_command_line(argv, choose)
+                config, preset = read_command_line(argv, partial(choose, reasons=reasons))
                 check_settings(config)
             except (UserError, SystemExit) as error:
                 if getattr(error, "code", 1):  # not after --help
@@ -356,6 +357,9 @@ def main(argv: list[str] | None = None) -> None:
             if not config.run.eval:
                 handler.setStream(sys.stdout)
             _logger.info(describe(config, preset))
+            for flag, value, because in reasons:
+                if config.flat()[flag] == value:  # nobody typed another
+                    _logger.info("--%s %s: %s", flag, value, because)
             if not config.run.eval:
                 train(config)
                 return

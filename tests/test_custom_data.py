@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -11,12 +12,14 @@ import torch
 from PIL import Image
 
 from detr_nb import finetune, train
-from detr_nb.checkpoints import load_checkpoint
+from detr_nb.checkpoints import RELEASED, load_checkpoint
 from detr_nb.coco import CocoDataset, open_coco
-from detr_nb.config import read_command_line
+from detr_nb.config import PRESETS, read_command_line
+from detr_nb.detr import build_detr
+from detr_nb.distributed import UserError
 from detr_nb.evaluation import CocoEvaluator, Detections
-from detr_nb.finetune import Vitals, advise, cautions, suggest, vitals
-from detr_nb.layouts import architecture
+from detr_nb.finetune import Vitals, advise, cautions, choose, suggest, vitals
+from detr_nb.layouts import architecture, to_released
 from detr_nb.predict import PredictSettings, write_predictions
 from detr_nb.pretrained import load_detector
 from detr_nb.runs import ask_checkpoint
@@ -218,15 +221,22 @@ def test_twice_the_fullest_image_of_either_split_has_room():
     assert flags_of(few, few, known_queries=8)["num_queries"] == 10
 
 
-@pytest.mark.parametrize("side, stride, size", [(0.1, 32, 320), (0.05, 16, 320), (0.01, 32, 800), (0.9, 32, 64)])
-def test_small_objects_get_a_cell_within_reason(side, stride, size):
-    found = flags_of(make_vitals([1], [side]), make_vitals([1], [side]), stride=stride)
+@pytest.mark.parametrize("side, stride, learned_at, largest, size", [
+    (0.2, 32, 320, 800, 320), (0.1, 32, 320, 2000, 480), (0.1, 16, 240, 800, 320), (0.1, 16, 240, 300, 300),
+    (0.84, 16, 128, 320, 128), (0.84, 32, 800, 800, 800), (0.01, 32, 800, 320, 800),
+])  # fmt: skip
+def test_small_objects_get_two_cells_and_large_ones_what_the_checkpoint_learned_at(
+    side, stride, learned_at, largest, size
+):
+    "The pictures are 480 pixels high; no size is below the checkpoint's."
+    some = make_vitals([1], [side])
+    found = flags_of(some, some, stride=stride, learned_at=learned_at, largest=largest)
     assert found["image_size"] == size
 
 
 def test_a_rare_class_of_small_objects_decides():
     vital = make_vitals([1], [0.4, 0.1] + [0.4] * 98)._replace(labels=torch.tensor([0, 1] + [0] * 98))
-    assert flags_of(vital, vital, stride=16)["image_size"] == 160
+    assert flags_of(vital, vital, stride=16, learned_at=128)["image_size"] == 320
 
 
 @pytest.mark.parametrize("batch_size, rate", [(16, 1e-4), (64, 2e-4), (4, 5e-5)])
@@ -239,27 +249,78 @@ def test_the_rate_grows_with_the_root_of_the_batch_and_the_steps_stay(batch_size
     assert own["lr"] == own["lr_backbone"] == pytest.approx(1e-3)
 
 
-def test_cautions_name_the_class():
+def test_the_optimizer_and_its_rates_are_the_checkpoint_s():
+    some = make_vitals([1] * 100, [0.2])
+    found = flags_of(some, some, optimizer="muon", lr_muon=0.02, learned_with=32)
+    assert found["optimizer"] == "muon" and found["lr_muon"] == pytest.approx(0.01)
+    assert "lr_muon" not in flags_of(some, some) and flags_of(some, some)["optimizer"] == "adamw"
+
+
+def test_cautions_name_the_class_and_a_hundred_of_a_kind_are_one_line():
     sound = make_vitals([1] * 30 + [0], [0.2])
     assert cautions(sound, sound) == []
     poor = make_vitals([1] * 30 + [0], [0.2], objects=(0, 9), images_with=(0, 5))
     said = cautions(poor, make_vitals([1] * 3, [0.2], objects=(4, 0)))
-    assert len(said) == 4
-    wanted = "cat: no training image", "dog: only 5 training", "dog: no validation", "3 validation"
-    assert all(words in text for text, words in zip(said, wanted))
+    wanted = "cat: no training image", "dog (5): fewer than 20 training", "dog: no validation", "3 validation"
+    assert len(said) == 4 and all(words in text for text, words in zip(said, wanted))
+    many = tuple(f"kind {number}" for number in range(100))
+    rare = poor._replace(names=many, objects=torch.full((100,), 2), images_with=torch.full((100,), 2))
+    said = cautions(rare, rare)
+    assert len(said) == 1 and "kind 4 (2) and 95 more: fewer" in said[0] and "kind 5" not in said[0]
 
 
-def test_the_suggested_command_is_one_that_trains(run, export, tmp_path, capsys):
+def test_the_command_that_is_advised_does_what_was_said(run, export, tmp_path, capsys, caplog):
     finetune.main([str(export), "--weights", str(run / "best.pth"), "--batch_size", "4"])
     text = capsys.readouterr().out
-    assert "6 training and 6 validation images" in text and "red: only" in text
+    assert "6 training and 6 validation images" in text and "fewer than 20 training images" in text
+    assert re.search(r"about \d+ minutes of training on this machine", text)
     words = text.splitlines()[-1].split()
-    assert words[:3] == ["python", "-m", "detr_nb.train"]
+    assert words[:4] == ["python", "-m", "detr_nb.train", "finetune"]
+    caplog.set_level("INFO")
     train.main([*words[3:], *QUIET, "--output_dir", str(tmp_path)])
-    assert (tmp_path / "checkpoint.pth").exists()
-    assert f"--lr {float(words[words.index('--lr') + 1]):g}: 0.0001 was the checkpoint's at" in text
-    assert "detr_resnet50 --num_queries 100" in advise(export, "detr_resnet50", 8)  # nothing is fetched
-    assert advise(export, str(run), 4) == text.strip().replace(str(run / "best.pth"), str(run))  # by the run's folder
+    said = [line.strip() for line in text.splitlines() if line.startswith("  --")]
+    assert "--lr 0.00014: the checkpoint's 0.0001 at 2 images a step, times the root of 4 / 2" in said
+    config = load_checkpoint(tmp_path / "checkpoint.pth")["config"]
+    for line in said:
+        flag, value = line.removeprefix("--").split(": ")[0].split(" ", 1)
+        assert str(config[flag]) == value and line in caplog.text
+    assert config["image_size"] == 96  # which QUIET asks for and the checkpoint learned at
+    assert advise(export, str(run), 4).split("\n  about")[0] == text.replace(str(run / "best.pth"), str(run)).split(
+        "\n  about")[0]  # by the run's folder
+
+
+def test_without_a_checkpoint_or_a_gpu_photographs_are_learned_by_the_preset(export, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    told = ["--coco_path", str(export), "--lr", "3e-5"]
+    fitted, photos = (read_command_line([preset, *told], choose)[0] for preset in ("finetune", "photos"))
+    assert fitted.model == photos.model and fitted.optimizer == photos.optimizer
+    assert photos.model.backbone == PRESETS["photos"].model.backbone and photos.optimizer.lr == 3e-5
+    assert photos.data.image_size == PRESETS["photos"].data.image_size and not photos.run.finetune
+    (tmp_path / "checkpoints").mkdir()
+    name = RELEASED["detr_resnet50"].rsplit("/", 1)[-1]
+    torch.save(to_released(build_detr(91)), tmp_path / "checkpoints" / name)
+    monkeypatch.setattr("detr_nb.checkpoints._load_url", lambda url: torch.load(tmp_path / "checkpoints" / name))
+    fitted = read_command_line(["finetune", *told], choose)[0]
+    assert fitted.run.finetune == "detr_resnet50" and fitted.model.backbone == "resnet50"
+    assert fitted.data.image_size == 800 and fitted.optimizer.optimizer == "adamw"
+
+
+def test_the_shapes_checkpoint_lends_photographs_its_transformer(run, export, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "runs/shapes").mkdir(parents=True)
+    (tmp_path / "runs/shapes/best.pth").write_bytes((run / "best.pth").read_bytes())
+    found = read_command_line(["photos", "--coco_path", str(export)], choose)[0]
+    assert found.run.finetune == "runs/shapes/best.pth" and found.model.hidden_dim == 32  # the checkpoint's
+    assert (found.model.backbone, found.model.pretrained) == (PRESETS["photos"].model.backbone, True)
+
+
+def test_presets_for_a_set_of_one_s_own_ask_for_one():
+    for preset in ("photos", "finetune"):
+        with pytest.raises(UserError, match="name it with --coco_path"):
+            read_command_line([preset], choose)
 
 
 def test_a_training_inside_a_program_leaves_threads_environment_and_signals_as_they_were(export, tmp_path):
