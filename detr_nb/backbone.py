@@ -265,34 +265,12 @@ class TimmBackbone(nn.Module):
         super().__init__()
         if norm not in ("frozen", "batch"):
             raise UserError(f"--backbone timm/{name} has norms of its own: --backbone_norm frozen or batch, not {norm}")
-        try:
-            import timm
-        except ImportError as error:
-            raise UserError(f"--backbone timm/{name} needs a package ({error}): pip install 'detr_nb[timm]'") from None
-        whole_name, (name, _, last) = name, name.partition("@")
-        weights, asked = _packed_weights(name) if pretrained else None, {"output_stride": 16} if dilation else {}
-        try:
-            if last:
-                asked["feature_cls"] = "getter"  # the one that leaves layers out
-                strides = timm.create_model(name, features_only=True, **asked).feature_info.reduction()
-                if int(last) not in strides:
-                    raise ValueError(f"its maps have the strides {strides}, none has {last}")
-                asked["out_indices"] = list(range(strides.index(int(last)) + 1))
-            fetch = bool(pretrained and not weights)
-            self.body = timm.create_model(name, features_only=True, pretrained=fetch, **asked)
-        except Exception as error:  # no such name, no maps, no network for its weights: timm raises a dozen kinds
-            raise UserError(f"--backbone timm/{whole_name}: {error}") from error
-        if weights:
-            whole = timm.create_model(name).state_dict()  # of the same order as the package's, which has other names
-            named = dict(zip(whole, weights.values(), strict=True))
-            self.body.load_state_dict({key: named[key.removeprefix("model.")] for key in self.body.state_dict()})
-        if norm == "frozen":
-            self.body = timm.layers.freeze_batch_norm_2d(self.body)
+        self.body = _timm_network(name, pretrained, norm, dilation)
         told = getattr(self.body, "pretrained_cfg", None) or {}
         self.mean, self.std = told.get("mean", IMAGENET_MEAN), told.get("std", IMAGENET_STD)
-        if _LITE.fullmatch(name):  # those of its training, which the file of weights is of: (x - 127) / 128 of bytes
+        if _LITE.fullmatch(name.partition("@")[0]):  # its training took (x - 127) / 128 of bytes
             self.mean, self.std = (127 / 255,) * 3, (128 / 255,) * 3
-        self.name, self.norm = f"timm/{whole_name}", norm
+        self.name, self.norm = f"timm/{name}", norm
         self.channels, self.strides = (tuple(getattr(self.body.feature_info, of)()) for of in ("channels", "reduction"))
         self.num_channels, self.stride = self.channels[-1], self.strides[-1]
         self.requires_grad_(trainable)
@@ -309,6 +287,32 @@ class TimmBackbone(nn.Module):
         return Features(tuple(maps), _shrink_padding(padding, maps[-1].shape[-2:]))
 
 # %% ../nbs/10_backbone.ipynb #997d31f1
+def _timm_network(name: str, pretrained: bool | None, norm: str, dilation: bool) -> nn.Module:
+    "What timm builds to give feature maps, with ImageNet's weights where they are wanted; raises `UserError`."
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(f"--backbone timm/{name} needs a package ({error}): pip install 'detr_nb[timm]'") from None
+    network, _, last = name.partition("@")
+    weights = _packed_weights(network) if pretrained else None
+    asked = {"features_only": True} | ({"output_stride": 16} if dilation else {})
+    try:
+        if last:
+            asked["feature_cls"] = "getter"  # the one that leaves layers out
+            strides = timm.create_model(network, **asked).feature_info.reduction()
+            if last not in map(str, strides):
+                raise ValueError(f"its maps have the strides {strides}, none has {last}")
+            asked["out_indices"] = list(range(strides.index(int(last)) + 1))
+        body = timm.create_model(network, pretrained=bool(pretrained and not weights), **asked)
+    except Exception as error:  # no such name, no maps, no network for its weights: timm raises a dozen kinds
+        raise UserError(f"--backbone timm/{name}: {error}") from error
+    if weights:
+        whole = timm.create_model(network).state_dict()  # of the same order as the package's, which has other names
+        named = dict(zip(whole, weights.values(), strict=True))
+        body.load_state_dict({key: named[key.removeprefix("model.")] for key in body.state_dict()})
+    return timm.layers.freeze_batch_norm_2d(body) if norm == "frozen" else body
+
+
 _LITE = re.compile(r"tf_efficientnet_lite([0-2])(\.in1k)?")  # without tf_ it is another network, of other weights
 
 

@@ -97,8 +97,8 @@ def suggest(
                                        f"{small * size / stride:.1f} cells of the feature map then"),
         _Suggestion("batch_size", batch_size, "as asked"),
         _Suggestion("optimizer", optimizer, "the checkpoint's"),
-        *(_Suggestion(name, float(f"{rate * growth:.2g}"), f"the checkpoint's {rate:g} at {learned_with} images a step, "
-                      f"times the root of {batch_size} / {learned_with}") for name, rate in rates.items()),
+        *(_Suggestion(name, float(f"{rate * growth:.2g}"), f"the checkpoint's {rate:g} at {learned_with} images a "
+                      f"step, times the root of {batch_size} / {learned_with}") for name, rate in rates.items()),
         _Suggestion("epochs", math.ceil(steps * batch_size / len(train.per_image)), f"about {steps} steps"),
         _Suggestion("schedule", "cosine", "ends at zero, however short the run"),
     ]
@@ -170,7 +170,7 @@ def settings_for(told: Config, preset: str, train: Vitals, val: Vitals) -> tuple
     settings = ask_checkpoint(told.but(finetune=source)) if is_file else {}
     if not told.run.finetune and source not in RELEASED:
         photos, names = PRESETS["photos"], ("backbone", "backbone_norm", "dilation", "pretrained", "pretrain_epochs")
-        whole = {name: value for part in (photos.model, photos.loss, photos.optimizer) for name, value in vars(part).items()}
+        whole = vars(photos.model) | vars(photos.loss) | vars(photos.optimizer)
         settings = whole | settings | {name: whole[name] for name in names}
         known = _habits(photos.but(coco_path="photographs").flat()) | {"steps": PHOTO_STEPS}
     elif is_file and (contents := read_source(source)).rest.get("format") == "detr_nb":

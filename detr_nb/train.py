@@ -6,7 +6,7 @@ __all__ = ['train', 'main']
 # %% ../nbs/36_train.ipynb #c547ce66
 import sys
 
-from .config import Config, describe, read_command_line, write_config
+from .config import PRESETS, Config, describe, read_command_line, write_config
 
 if __name__ == "__main__" and __package__ == "detr_nb" and {"-h", "--help"} & set(sys.argv):
     read_command_line(sys.argv[1:])
@@ -138,10 +138,11 @@ def _warn_of_data(config: Config, train: CocoDataset, val: CocoDataset) -> None:
     for dataset in (train,) if config.data.overfit else (train, val):
         for text in quick_check(dataset, config.model.num_queries):
             _logger.warning(text)
-    given = config.run.finetune or config.run.frozen_weights or config.run.resume
-    if not (given or config.embedded or config.data.overfit) and len(train) < 10_000:
+    given = config.run.finetune or config.run.frozen_weights or config.run.resume or config.embedded
+    meant = config.data.overfit or config.model.backbone == PRESETS["photos"].model.backbone
+    if not (given or meant) and len(train) < 10_000:
         _logger.warning("training from scratch on %d images: DETR needs tens of thousands, and AP will stay near zero; "
-                        "start from a trained one with --finetune", len(train))
+                        "`python -m detr_nb.train finetune` with the same data starts from a trained one", len(train))
 
 
 def _start_from_weights(model: DETR | SegmentationDETR, config: Config, train: CocoDataset) -> None:
