@@ -283,10 +283,22 @@ class TimmBackbone(nn.Module):
     def forward(self, images: Float[Tensor, "B 3 H W"], padding: Bool[Tensor, "B H W"] | None = None) -> Features:
         "The maps of all stages, finest first, and the padding of the last."
         images = renormalize(images, self.mean, self.std, padding)
+        height, width = images.shape[2:]
+        images = F.pad(images, (0, -width % self.stride, 0, -height % self.stride))  # some take whole cells only
         maps = self.body(images.contiguous(memory_format=torch.channels_last))  # which a CPU convolves faster
+        maps = [x[..., : -(-height // step), : -(-width // step)] for x, step in zip(maps, self.strides)]
         return Features(tuple(maps), _shrink_padding(padding, maps[-1].shape[-2:]))
 
 # %% ../nbs/10_backbone.ipynb #997d31f1
+class _EvenConv2d(nn.Conv2d):
+    "A strided convolution, padded as TensorFlow pads maps with even sides: so its output's size is simple to export."
+
+    def forward(self, maps: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
+        "Less than half of the padding lies at the left and above."
+        pads = [size - step for size, step in zip(self.kernel_size, self.stride)]
+        return super().forward(F.pad(maps, [part for pad in pads[::-1] for part in (pad // 2, pad - pad // 2)]))
+
+
 def _timm_network(name: str, pretrained: bool | None, norm: str, dilation: bool) -> nn.Module:
     "What timm builds to give feature maps, with ImageNet's weights where they are wanted; raises `UserError`."
     try:
@@ -306,6 +318,9 @@ def _timm_network(name: str, pretrained: bool | None, norm: str, dilation: bool)
         body = timm.create_model(network, pretrained=bool(pretrained and not weights), **asked)
     except Exception as error:  # no such name, no maps, no network for its weights: timm raises a dozen kinds
         raise UserError(f"--backbone timm/{name}: {error}") from error
+    for module in body.modules():
+        if isinstance(module, timm.layers.Conv2dSame):
+            module.__class__ = _EvenConv2d  # with the same weights under the same names
     if weights:
         whole = timm.create_model(network).state_dict()  # of the same order as the package's, which has other names
         named = dict(zip(whole, weights.values(), strict=True))
