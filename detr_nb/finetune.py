@@ -11,7 +11,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -30,6 +29,7 @@ from .runs import ask_checkpoint
 from .score import open_split
 
 EMBEDDED = Path("runs/shapes/best.pth")  # what `make train` leaves
+PHOTO_STEPS = 1200  # of photographs on two cores, in about ten minutes
 
 # %% ../nbs/35_finetune.ipynb #b465f782
 class Vitals(NamedTuple):
@@ -55,9 +55,6 @@ def vitals(dataset: CocoDataset) -> Vitals:
     return Vitals(names, *counts, dataset.object_counts, dataset.sizes.amin(-1), sides.float(), labels)
 
 # %% ../nbs/35_finetune.ipynb #ffa11248
-PHOTO_STEPS = 1200  # of photographs on two cores, in about ten minutes
-
-
 class _Suggestion(NamedTuple):
     "A flag of `detr_nb.train`, and why."
     flag: str
@@ -151,7 +148,7 @@ def _beginning(told: Config, preset: str) -> tuple[str, str]:
         return "detr_resnet50", "it is here" if file.exists() else "there is a GPU, which a model of its size needs"
     if EMBEDDED.exists():
         return str(EMBEDDED), "its transformer has learned to look; the backbone has ImageNet's weights"
-    return "", f"there is none here: one that `make train` leaves in {EMBEDDED.parent} would do"
+    return "", f"there is no checkpoint here: one that `make train` leaves in {EMBEDDED.parent} would do"
 
 
 def _habits(saved: dict[str, Any], processes: int = 1) -> dict[str, Any]:
@@ -164,9 +161,11 @@ def _habits(saved: dict[str, Any], processes: int = 1) -> dict[str, Any]:
 # %% ../nbs/35_finetune.ipynb #7f481d6a
 def settings_for(told: Config, preset: str, train: Vitals, val: Vitals) -> tuple[dict[str, Any], list[_Suggestion]]:
     "What fine-tuning on a data set begins with, and why; fetches nothing. Raises `CheckpointError`."
-    source, why = _beginning(told, preset)
-    is_file, known, batch_size = source and source not in RELEASED and "://" not in source, {}, told.optimizer.batch_size
-    settings = ask_checkpoint(told.but(finetune=source)) if is_file else {}
+    (source, why), batch_size, settings, known = _beginning(told, preset), told.optimizer.batch_size, {}, {}
+    if source and source not in RELEASED and "://" not in source:
+        settings, contents = ask_checkpoint(told.but(finetune=source)), read_source(source)
+        if contents.rest.get("format") == "detr_nb":
+            known = _habits(contents.rest["config"], len(contents.rest["processes"]))
     if preset == "photos" and settings.get("backbone") == "small" or not told.run.finetune and source not in RELEASED:
         photos, names = PRESETS["photos"], ("backbone", "backbone_norm", "dilation", "pretrained", "pretrain_epochs")
         whole = vars(photos.model) | vars(photos.loss) | vars(photos.optimizer)
@@ -174,9 +173,7 @@ def settings_for(told: Config, preset: str, train: Vitals, val: Vitals) -> tuple
         known = _habits(photos.but(coco_path="photographs").flat()) | {"steps": PHOTO_STEPS}
         if batch_size == PRESETS[preset].optimizer.batch_size:  # nobody typed another
             batch_size = photos.optimizer.batch_size
-    elif is_file and (contents := read_source(source)).rest.get("format") == "detr_nb":
-        known = _habits(contents.rest["config"], len(contents.rest["processes"]))
-    model = asdict(PRESETS["paper"].model) | settings
+    model = vars(PRESETS["paper"].model) | settings
     known |= {"known_queries": model["num_queries"], "largest": 800 if torch.cuda.is_available() else 320,
               "stride": 16 if model["dilation"] or model["backbone"].endswith(("small", "@16")) else 32}
     images = batch_size * told.optimizer.accumulate * int(os.environ.get("WORLD_SIZE", 1))
@@ -199,8 +196,7 @@ def choose(
         return settings
     if told.embedded:
         raise UserError(f"the preset {preset} is for a data set of yours: name it with --coco_path")
-    splits = [vitals(open_split(told, split)) for split in ("train", "val")]
-    chosen, found = settings_for(told, preset, *splits)
+    chosen, found = settings_for(told, preset, *(vitals(open_split(told, split)) for split in ("train", "val")))
     if reasons is not None:
         reasons += found
     return ask_checkpoint(told.but(finetune=chosen["finetune"])) | chosen
@@ -247,7 +243,7 @@ def advise(
               for name, o, i, v in zip(train.names, train.objects, train.images_with, val.objects)]
     lines += [f"  ! {text}" for text in cautions(train, val)]
     settings, reasons = settings_for(told, "finetune", train, val)
-    lines += [f"  --{flag} {value}: {because}" for flag, value, because in reasons]
+    lines += [f"  --{flag} {value or repr(value)}: {because}" for flag, value, because in reasons]
     minutes = _minutes(told.but(**settings), len(train.names), int(train.per_image.max()), len(train.per_image))
     lines.append(f"  about {minutes:.0f} minutes of training on this machine, without the evaluations")
     asked = f" --finetune {weights}" * bool(weights) + f" --batch_size {batch_size}" * (batch_size != 8)

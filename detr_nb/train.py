@@ -138,9 +138,9 @@ def _warn_of_data(config: Config, train: CocoDataset, val: CocoDataset) -> None:
     for dataset in (train,) if config.data.overfit else (train, val):
         for text in quick_check(dataset, config.model.num_queries):
             _logger.warning(text)
-    given = config.run.finetune or config.run.frozen_weights or config.run.resume or config.embedded
-    meant = config.data.overfit or config.model.backbone == PRESETS["photos"].model.backbone
-    if not (given or meant) and len(train) < 10_000:
+    run, photos = config.run, PRESETS["photos"].model.backbone
+    given = run.finetune or run.frozen_weights or run.resume or config.embedded or config.model.backbone == photos
+    if not (given or config.data.overfit) and len(train) < 10_000:
         _logger.warning("training from scratch on %d images: DETR needs tens of thousands, and AP will stay near zero; "
                         "`python -m detr_nb.train finetune` with the same data starts from a trained one", len(train))
 
@@ -360,7 +360,7 @@ def main(argv: list[str] | None = None) -> None:
             _logger.info(describe(config, preset))
             for flag, value, because in reasons:
                 if config.flat()[flag] == value:  # nobody typed another
-                    _logger.info("--%s %s: %s", flag, value, because)
+                    _logger.info("--%s %s: %s", flag, value or repr(value), because)
             if not config.run.eval:
                 train(config)
                 return
