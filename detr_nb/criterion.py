@@ -26,8 +26,10 @@ def class_losses(
     no_object = logits.shape[-1] - 1
     wanted = torch.full(logits.shape[:3], no_object, device=logits.device)
     wanted[matches.layer, matches.image, matches.query] = targets.labels[matches.target]
-    loss = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), reduction="none").view_as(wanted)
-    return torch.where(wanted == no_object, eos_coef * loss, loss).sum((1, 2))
+    weights = torch.full((no_object + 1,), 1.0, dtype=logits.dtype, device=logits.device)
+    weights[no_object] = eos_coef
+    loss = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), weights, reduction="none")
+    return loss.view(len(logits), -1).sum(1)
 
 # %% ../nbs/15_criterion.ipynb #7ff6b584
 def box_losses(
@@ -36,8 +38,9 @@ def box_losses(
     matches: Matches,
 ) -> Float[Tensor, "2 L"]:
     "L1 and generalised-IoU loss summed over matched pairs, per layer (Carion et al. 2020, sec. 3.1 and A.2)."
-    predicted = boxes[matches.layer, matches.image, matches.query]
-    wanted = targets.boxes[matches.target].to(predicted.dtype)
+    rows = (matches.layer * boxes.shape[1] + matches.image) * boxes.shape[2] + matches.query
+    predicted = boxes.flatten(0, 2).index_select(0, rows)  # whose gradient is one index_add
+    wanted = targets.boxes.index_select(0, matches.target).to(predicted.dtype)
     distance = (predicted - wanted).abs().sum(-1)
     overlap = paired_generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))
     per_pair = torch.stack([distance, 1 - overlap])
@@ -62,7 +65,7 @@ def _cardinality_error(
     counts: Int[Tensor, "B"],
 ) -> Float[Tensor, "L"]:
     "How far the number of queries that claim an object is from the number of objects, averaged over the images."
-    claimed = (logits.argmax(-1) != logits.shape[-1] - 1).sum(-1)
+    claimed = (logits[..., :-1].amax(-1) >= logits[..., -1]).sum(-1)
     return (claimed - counts).abs().float().mean(-1)
 
 # %% ../nbs/15_criterion.ipynb #dc3ff5d6
@@ -98,11 +101,12 @@ class _WeightedLosses(nn.Module):
 # %% ../nbs/15_criterion.ipynb #974f15f3
 def _name_layers(per_layer: dict[str, Float[Tensor, "L"]]) -> dict[str, Tensor]:
     "One entry per loss and layer, under the released names."
-    last = len(next(iter(per_layer.values()))) - 1
-    losses = {name: values[last] for name, values in per_layer.items()}
-    for layer in range(last):
-        losses |= {f"{name}_{layer}": values[layer] for name, values in per_layer.items()}
-    return losses
+    values = {name: losses.unbind() for name, losses in per_layer.items()}
+    *earlier, last = zip(*values.values())
+    named = dict(zip(values, last))
+    for layer, losses in enumerate(earlier):
+        named |= {f"{name}_{layer}": value for name, value in zip(values, losses)}
+    return named
 
 # %% ../nbs/15_criterion.ipynb #62b14f06
 class SetCriterion(_WeightedLosses):

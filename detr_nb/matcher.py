@@ -14,7 +14,6 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from .batching import Targets
-from .boxes import cxcywh_to_xyxy, paired_generalized_iou
 from .detr import Predictions, at_least_float32
 
 # %% ../nbs/14_matcher.ipynb #2ca1f08b
@@ -49,12 +48,28 @@ def matching_cost(
     "The cost of letting each query of an image answer for each of its objects (Carion et al. 2020, sec. 3.1)."
     image = image_of_target(targets)
     probabilities = at_least_float32(predictions.logits).softmax(-1)
-    of_class = probabilities[:, image, :, targets.labels].transpose(0, 1)  # (N, L, Q) to (L, N, Q)
-    boxes = at_least_float32(predictions.boxes)[:, image]  # (L, N, Q, 4)
-    wanted = targets.boxes.to(boxes.dtype)[:, None]  # (N, 1, 4)
-    distance = (boxes - wanted).abs().sum(-1)
-    overlap = paired_generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted))
-    return cost_bbox * distance - cost_class * of_class - cost_giou * overlap
+    cost = probabilities[:, image, :, targets.labels].transpose(0, 1).mul(-cost_class)  # (N, L, Q) to (L, N, Q)
+    planes = at_least_float32(predictions.boxes).movedim(-1, 0).contiguous()  # (4, L, B, Q): cx, cy, width, height
+    wanted = targets.boxes.to(planes.dtype).T[..., None]  # (4, N, 1)
+
+    def of_objects(plane: Float[Tensor, "L B Q"]) -> Float[Tensor, "L N Q"]:
+        "For each object the numbers of its image."
+        return plane.index_select(1, image)
+
+    for plane, goal in zip(planes, wanted):
+        cost.add_(of_objects(plane).sub_(goal).abs_(), alpha=cost_bbox)
+    intersection, enclosing = 1.0, 1.0
+    for axis in (0, 1):  # along x, along y
+        centre, size, at, length = planes[axis], planes[axis + 2], wanted[axis], wanted[axis + 2]
+        ends = of_objects(centre + size / 2).clamp_(max=at + length / 2)
+        shared = ends.sub_(of_objects(centre - size / 2).clamp_(min=at - length / 2))  # less than zero: a gap
+        enclosing = of_objects(size).add_(length).sub_(shared).mul_(enclosing)
+        intersection = shared.clamp_(min=0).mul_(intersection)
+    union = of_objects(planes[2:].prod(0)).add_(wanted[2:].prod(0)).sub_(intersection)
+    tiny = torch.finfo(union.dtype).tiny
+    overlap = intersection.div_(union.clamp(min=tiny))
+    lost = union.sub_(enclosing).div_(enclosing.clamp_(min=tiny))  # minus the share that neither box covers
+    return cost.sub_(overlap.add_(lost), alpha=cost_giou)
 
 # %% ../nbs/14_matcher.ipynb #8381b5b5
 def _check_cost(
