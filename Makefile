@@ -29,7 +29,7 @@ RUN_TESTS = MPLBACKEND=agg OMP_NUM_THREADS=$(THREADS) PATH="$(abspath $(BIN)):$$
 
 SETTING ?=
 
-.PHONY: help env train test test-slow test-machines test-book book lint export check clean constraints
+.PHONY: help env train test test-slow test-machines test-book book bench lint export check clean constraints
 
 help: ## this list
 	@echo "detr_nb: a DETR you read, run and train"
@@ -67,6 +67,9 @@ test-slow: env $(RUNS) ## run the slow tests and the slow cells of the chapters 
 
 test-machines: env ## run what another machine could fail, in settings like those; SETTING=default runs one of them
 	@PATH="$(abspath $(BIN)):$$PATH" python tools/test_machines.py $(SETTING)
+
+bench: env ## our speed beside other implementations: prints a table and writes nbs/bench.md and nbs/bench.json
+	@PATH="$(abspath $(BIN)):$$PATH" python benchmarks/bench.py --output nbs
 
 # The runs that slow cells read. Their last act is a picture, so who has it has come to the end.
 runs/shapes/predictions.png: | env

@@ -37,7 +37,7 @@ class DataConfig:
     split: str = "val"  # with --eval: the part of the data set that is scored, such as test
     # of a set without a validation split: the share of its training images that is kept for it, always the same ones
     val_share: float = 0.0
-    skip_broken: bool = False  # leave out images that are missing, cut short or damaged; else they end the run
+    skip_broken: bool = False  # leave out images that are cut short or damaged; else they end the run
     limit_train: int = 0  # use only this many of the training images; 0: all
     limit_val: int = 0  # use only this many of the validation images; 0: all
     # train and evaluate on this many training images, not augmented, for 600 epochs unless told otherwise; 0: all

@@ -321,7 +321,7 @@ def architecture(model: DETR | SegmentationDETR) -> dict[str, Any]:
         "nheads": layer.self_attn.heads,
         "dropout": layer.dropout.p,
         "temperature": float(getattr(positions, "temperature", 10000)),
-        "dilation": isinstance(body, Backbone | TimmBackbone) and body.stride == 16,
+        "dilation": isinstance(body, Backbone | TimmBackbone) and body.stride == 16 and "@" not in str(of_timm),
     }
 
 

@@ -216,6 +216,8 @@ def test_a_network_may_end_at_a_stride():
     assert (cut.stride, cut.num_channels) == (16, 112) and cut.name == f"{LITE0}@16"
     assert torch.equal(found.maps[-1], expected.maps[3]) and found.padding.shape == (2, 6, 8)
     assert sum(p.numel() for p in cut.parameters()) < sum(p.numel() for p in whole.parameters()) / 3
+    found = architecture(build_detr(2, f"{LITE0}@16", pretrained=True, **TINY))
+    assert (found["backbone"], found["dilation"]) == (f"{LITE0}@16", False)  # nothing is dilated
     for ending, says in (("@12", "none has 12"), ("@coarse", "none has coarse")):
         with pytest.raises(UserError, match=says):
             build_backbone(LITE0 + ending)

@@ -1,0 +1,21 @@
+"The benchmarks run, and compare equal work: each scenario asserts that both sides give the same numbers."
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_every_scenario_runs_once(tmp_path):
+    pytest.importorskip("transformers")
+    command = [sys.executable, "benchmarks/bench.py", "--smoke", "--data", tmp_path, "--output", tmp_path]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert len(found["scenarios"]) == len(done.stdout.splitlines()) == 4
+    for scenario in found["scenarios"]:
+        assert 0 < scenario["ours_ms"] and 0 < scenario["low"] <= scenario["ratio"] <= scenario["high"]
+    assert found["machine"]["threads"] >= 1 and "torch" in (tmp_path / "bench.md").read_text()
