@@ -199,7 +199,7 @@ PRESETS["finetune"] = PRESETS["paper"].but(
 )  # and what `detr_nb.finetune` chooses for the data set, as for the next one
 PRESETS["photos"] = PRESETS["shapes"].but(
     backbone="timm/tf_efficientnet_lite0@16", backbone_norm="frozen", pretrained=True, keep_classes=True,
-    batch_size=4, lr=3e-4, lr_backbone=2e-4, image_size=240, num_workers=2, num_queries=60, epochs=20, warmup_steps=40,
+    batch_size=4, lr=3e-4, lr_backbone=2e-4, image_size=240, num_queries=60, epochs=20, warmup_steps=40,
     group_by_shape=False,
 )
 _SHAPES_MASKS = dict(lr_masks=2e-3, lr_muon=0.005, warmup_steps=100, epochs=9, panoptic_threshold=0.35)

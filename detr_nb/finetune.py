@@ -169,6 +169,7 @@ def settings_for(told: Config, preset: str, train: Vitals, val: Vitals) -> tuple
     if preset == "photos" and settings.get("backbone") == "small" or not told.run.finetune and source not in RELEASED:
         photos, names = PRESETS["photos"], ("backbone", "backbone_norm", "dilation", "pretrained", "pretrain_epochs")
         whole = vars(photos.model) | vars(photos.loss) | vars(photos.optimizer)
+        whole["num_workers"] = photos.run.num_workers  # processes beside two threads on two cores slow both down
         settings = whole | settings | {name: whole[name] for name in names}
         known = _habits(photos.but(coco_path="photographs").flat()) | {"steps": PHOTO_STEPS}
         if batch_size == PRESETS[preset].optimizer.batch_size:  # nobody typed another
