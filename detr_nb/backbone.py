@@ -284,9 +284,10 @@ class TimmBackbone(nn.Module):
         "The maps of all stages, finest first, and the padding of the last."
         images = renormalize(images, self.mean, self.std, padding)
         height, width = images.shape[2:]
-        images = F.pad(images, (0, -width % self.stride, 0, -height % self.stride))  # some take whole cells only
+        right, below = (self.stride - 1 - (side - 1) % self.stride for side in (width, height))  # ONNX divides
+        images = F.pad(images, (0, right, 0, below))  # negatives otherwise; some networks take whole cells only
         maps = self.body(images.contiguous(memory_format=torch.channels_last))  # which a CPU convolves faster
-        maps = [x[..., : -(-height // step), : -(-width // step)] for x, step in zip(maps, self.strides)]
+        maps = [x[..., : (height - 1) // step + 1, : (width - 1) // step + 1] for x, step in zip(maps, self.strides)]
         return Features(tuple(maps), _shrink_padding(padding, maps[-1].shape[-2:]))
 
 # %% ../nbs/10_backbone.ipynb #997d31f1

@@ -208,6 +208,30 @@ def test_a_checkpoint_says_which_network_it_is_of_and_travels(tmp_path):
     assert expected.logits.isfinite().all()
 
 
+def test_onnx_counts_the_cells_of_odd_sizes_as_torch_does(tmp_path):
+    "Its division of negative numbers is another one: files of sides that are no multiple of the stride were wrong."
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+
+    class LastMap(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = build_backbone("timm/resnet18@4").eval()
+
+        def forward(self, images):
+            return self.backbone(images).maps[-1]
+
+    network, free = LastMap(), torch.export.Dim.DYNAMIC
+    written = torch.onnx.export(network, (torch.randn(1, 3, 64, 96),), dynamo=True, verbose=False,
+                                input_names=["images"], dynamic_shapes=({2: free, 3: free},))
+    written.save(tmp_path / "network.onnx")
+    session = runtime.InferenceSession(tmp_path / "network.onnx", providers=["CPUExecutionProvider"])
+    images = torch.randn(1, 3, 75, 101)
+    (found,) = session.run(None, {"images": images.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), network(images), atol=1e-4, rtol=1e-4)
+
+
 def test_a_network_may_end_at_a_stride():
     whole, cut = (build_backbone(name, pretrained=True).eval() for name in (LITE0, f"{LITE0}@16"))
     images, padding = some_images((96, 70), (33, 128))
