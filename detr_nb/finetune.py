@@ -205,11 +205,14 @@ def choose(
 # %% ../nbs/35_finetune.ipynb #dfc7de39
 def _minutes(
     config: Config,
-    num_classes: int,
-    objects: int,  # in an image
-    images: int,  # in an epoch
+    dataset: CocoDataset,  # to train on, with the transform of `config`
 ) -> float:
-    "How long the training will take on this machine, from the second of two steps with one grey image."
+    "How long the training will take on this machine: reading four images, and the second of two steps with a grey one."
+    num_classes, objects = dataset.categories.num_classes, int(dataset.object_counts.max())
+    few, began = range(min(len(dataset), 4)), time.perf_counter()
+    for place in few:
+        dataset[place]
+    reading = (time.perf_counter() - began) / len(few) / max(config.run.num_workers, 1)
     device, side = choose_device("auto"), config.data.image_size or 800
     model = build_model(config.but(pretrained=None, finetune=""), num_classes).to(device).train()
     criterion = build_criterion(config, num_classes).to(device)
@@ -221,13 +224,15 @@ def _minutes(
         losses = criterion.named_for_log(criterion(model(batch.images, batch.padding), batch.targets))
         losses["loss"].backward()
         losses["loss"].item()
-    return (time.perf_counter() - began) * images * config.optimizer.epochs / 60
+    return (time.perf_counter() - began + reading) * len(dataset) * config.optimizer.epochs / 60
 
 # %% ../nbs/35_finetune.ipynb #a5d09b6c
 def advise(
     folder: Annotated[Path, tyro.conf.Positional],
     weights: str = "",
     batch_size: int = 8,
+    val_share: float = 0.0,
+    skip_broken: bool = False,
 ) -> str:
     """What is in a data set, what to be wary of, and what `detr_nb.train finetune` will do; raises `UserError`.
 
@@ -235,8 +240,11 @@ def advise(
         folder: a data set in COCO's or Roboflow's layout
         weights: the checkpoint to start from: path, name or address; empty: the best that is here
         batch_size: images per step
+        val_share: of a set without a validation split, the share of its training images that is kept for it
+        skip_broken: leave out images that are cut short or damaged
     """
-    told = PRESETS["finetune"].but(coco_path=str(folder), finetune=weights, batch_size=batch_size)
+    asked = {"finetune": weights, "batch_size": batch_size, "val_share": val_share, "skip_broken": skip_broken}
+    told = PRESETS["finetune"].but(coco_path=str(folder), **asked)
     train, val = (vitals(open_split(told, split)) for split in ("train", "val"))
     width = max(map(len, train.names))
     lines = [f"{folder}: {len(train.per_image)} training and {len(val.per_image)} validation images"]
@@ -245,10 +253,12 @@ def advise(
     lines += [f"  ! {text}" for text in cautions(train, val)]
     settings, reasons = settings_for(told, "finetune", train, val)
     lines += [f"  --{flag} {value or repr(value)}: {because}" for flag, value, because in reasons]
-    minutes = _minutes(told.but(**settings), len(train.names), int(train.per_image.max()), len(train.per_image))
+    chosen = told.but(**settings)
+    minutes = _minutes(chosen, open_split(chosen, "train"))
     lines.append(f"  about {minutes:.0f} minutes of training on this machine, without the evaluations")
-    asked = f" --finetune {weights}" * bool(weights) + f" --batch_size {batch_size}" * (batch_size != 8)
-    return "\n".join([*lines, f"python -m detr_nb.train finetune --coco_path {folder}{asked}"])
+    usual = PRESETS["finetune"].flat()
+    typed = [f" --{name}" + f" {value}" * (value is not True) for name, value in asked.items() if value != usual[name]]
+    return "\n".join([*lines, f"python -m detr_nb.train finetune --coco_path {folder}{''.join(typed)}"])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from detr_nb import finetune, train
+from detr_nb.annotations import DataError, DataWarning
 from detr_nb.checkpoints import RELEASED, load_checkpoint
 from detr_nb.coco import CocoDataset, open_coco
 from detr_nb.config import PRESETS, read_command_line
@@ -287,6 +288,20 @@ def test_the_command_that_is_advised_does_what_was_said(run, export, tmp_path, c
     assert config["image_size"] == 96  # which QUIET asks for and the checkpoint learned at
     assert advise(export, str(run), 4).split("\n  about")[0] == text.replace(str(run / "best.pth"), str(run)).split(
         "\n  about")[0]  # by the run's folder
+
+
+def test_a_set_without_validation_and_with_a_broken_image_is_advised_on_as_it_is_trained_on(run, tmp_path):
+    write_split(tmp_path / "set/train", seed=0)
+    picture = sorted((tmp_path / "set/train").glob("*.*g"))[0]
+    picture.write_bytes(picture.read_bytes()[:-200])
+    with pytest.raises(DataError, match="--val_share"):
+        advise(tmp_path / "set", str(run))
+    with pytest.raises(DataError, match=picture.name):
+        advise(tmp_path / "set", str(run), val_share=0.34)
+    with pytest.warns(DataWarning, match=f"{picture.name}; they are left out"):
+        text = advise(tmp_path / "set", str(run), val_share=0.34, skip_broken=True)
+    assert re.search("[34] training and [12] validation images", text)
+    assert text.endswith(" --val_share 0.34 --skip_broken")
 
 
 def test_without_a_checkpoint_or_a_gpu_photographs_are_learned_by_the_preset(export, tmp_path, monkeypatch):
