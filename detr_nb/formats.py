@@ -4,7 +4,9 @@
 __all__ = ['find_parts', 'read_folder', 'write_coco', 'main']
 
 # %% ../nbs/39_formats.ipynb #37cell05
+import json
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,11 +54,11 @@ def _of_split(dataset: Any, folder: Path, stems: set[str] | None = None) -> Any:
 
 def read_folder(root: Path) -> dict[str, Any]:  # by split: supervision's DetectionDataset
     "Read a folder in YOLO's or Pascal VOC's format; raises `DataError` for one in neither, and for broken labels."
-    names = sorted([*root.glob("*.yaml"), *root.glob("*.yml")])
-    parts = find_parts(root, ".txt") if names else {}
+    names, listed = sorted([*root.glob("*.yaml"), *root.glob("*.yml")]), root / "classes.txt"
+    parts = find_parts(root, ".txt") if names or listed.is_file() and (root / "labels").is_dir() else {}
     parts, kind = (parts, ".txt") if parts else (find_parts(root, ".xml"), ".xml")
     if not parts:
-        raise DataError(f"{root} is neither in YOLO's format (data.yaml, and a .txt file of labels for each image) nor "
+        raise DataError(f"{root} is neither in YOLO's format (data.yaml or classes.txt, and a .txt of labels for each image) nor "
                         "in Pascal VOC's (an .xml file for each image, as in Annotations/ beside JPEGImages/)")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it would rather have OpenCV, and reads small text files without
@@ -66,7 +68,11 @@ def read_folder(root: Path) -> dict[str, Any]:  # by split: supervision's Detect
             raise UserError(f'{error}: the package that reads these formats; pip install "detr_nb[formats]"') from error
     try:
         if kind == ".txt":
-            sets = [reader.from_yolo(str(images), str(labels), str(names[0])) for images, labels in parts.values()]
+            with tempfile.TemporaryDirectory() as made:
+                if not names:
+                    names = [Path(made, "data.yaml")]
+                    names[0].write_text(json.dumps({"names": listed.read_text().strip().splitlines()}))  # what is JSON is YAML
+                sets = [reader.from_yolo(str(images), str(labels), str(names[0])) for images, labels in parts.values()]
         else:
             sets = [reader.merge([reader.from_pascal_voc(*map(str, pair)) for pair in parts.values()])] * len(parts)
     except (ValueError, SyntaxError) as error:  # XML that is none is a SyntaxError

@@ -91,6 +91,15 @@ def test_a_set_without_splits_is_training(tmp_path, supervision):
     assert list(converted(tmp_path / "set", tmp_path / "coco")) == ["train"]
 
 
+def test_label_studio_names_the_classes_in_a_file_of_their_own(tmp_path, supervision):
+    picture(tmp_path / "set" / "images" / "a.png")
+    yolo_label(tmp_path / "set" / "labels" / "a.txt", 0, 1)
+    write_text(tmp_path / "set" / "notes.json", "{}")
+    write_text(tmp_path / "set" / "classes.txt", "cat\ndog\n")
+    assert list(converted(tmp_path / "set", tmp_path / "coco")) == ["train"]
+    assert not list((tmp_path / "set").rglob("*.yaml"))
+
+
 def test_pictures_are_copied_byte_for_byte_and_the_source_is_left_alone(tmp_path, supervision):
     source = picture(tmp_path / "set" / "JPEGImages" / "a.jpg")
     voc_label(tmp_path / "set" / "Annotations" / "a.xml", "cat", "dog")
@@ -123,7 +132,7 @@ def test_labels_that_are_broken_end_in_one_message(tmp_path, supervision, ending
 def test_a_folder_in_neither_format_says_what_was_looked_for(tmp_path):
     picture(tmp_path / "images" / "a.png")
     yolo_label(tmp_path / "labels" / "a.txt", 0)  # but no data.yaml
-    with pytest.raises(DataError, match=r"neither in YOLO's format \(data\.yaml"):
+    with pytest.raises(DataError, match=r"neither in YOLO's format \(data\.yaml or classes"):
         read_folder(tmp_path)
 
 
