@@ -445,6 +445,13 @@ def test_a_folder_leaves_out_what_is_hidden_and_what_was_written(scene, tmp_path
     assert [name for name, _ in found] == ["a.JPG", "sub/b.png"]
 
 
+def test_a_picture_of_an_iphone_that_pil_cannot_read_is_reported(scene, detector, tmp_path):
+    scene.save(tmp_path / "a.jpg")
+    (tmp_path / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    results = {result.name: result.problem for result in predict(tmp_path, detector)}
+    assert "not a picture, or of a format" in results["IMG_1.HEIC"] and not results["a.jpg"]
+
+
 # The web
 
 
