@@ -24,7 +24,7 @@ from .checkpoints import RELEASED, read_source
 from .coco import CocoDataset, Sample
 from .config import PRESETS, Config
 from .distributed import UserError, choose_device, user_errors
-from .engine import build_criterion, build_model
+from .engine import build_criterion, build_model, check_settings
 from .runs import ask_checkpoint
 from .score import open_split
 
@@ -197,6 +197,7 @@ def choose(
         return settings
     if told.embedded:
         raise UserError(f"the preset {preset} is for a data set of yours: name it with --coco_path")
+    check_settings(told)
     chosen, found = settings_for(told, preset, *(vitals(open_split(told, split)) for split in ("train", "val")))
     if reasons is not None:
         reasons += found

@@ -304,6 +304,13 @@ def test_a_set_without_validation_and_with_a_broken_image_is_advised_on_as_it_is
     assert text.endswith(" --val_share 0.34 --skip_broken")
 
 
+@pytest.mark.parametrize("preset", ["finetune", "photos"])
+def test_half_a_data_set_is_named_as_such_before_it_is_opened(export, preset):
+    told = ["--train_annotations", str(export / "train/_annotations.coco.json")]
+    with pytest.raises(UserError, match="--train_annotations alone name no data set"):
+        read_command_line([preset, *told], choose)
+
+
 def test_without_a_checkpoint_or_a_gpu_photographs_are_learned_by_the_preset(export, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
