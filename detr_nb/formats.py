@@ -58,7 +58,7 @@ def read_folder(root: Path) -> dict[str, Any]:  # by split: supervision's Detect
     parts = find_parts(root, ".txt") if names or listed.is_file() and (root / "labels").is_dir() else {}
     parts, kind = (parts, ".txt") if parts else (find_parts(root, ".xml"), ".xml")
     if not parts:
-        raise DataError(f"{root} is neither in YOLO's format (data.yaml or classes.txt, and a .txt of labels for each image) nor "
+        raise DataError(f"{root} is neither in YOLO's format (data.yaml or classes.txt, and a .txt for each image) nor "
                         "in Pascal VOC's (an .xml file for each image, as in Annotations/ beside JPEGImages/)")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it would rather have OpenCV, and reads small text files without
@@ -71,7 +71,7 @@ def read_folder(root: Path) -> dict[str, Any]:  # by split: supervision's Detect
             with tempfile.TemporaryDirectory() as made:
                 if not names:
                     names = [Path(made, "data.yaml")]
-                    names[0].write_text(json.dumps({"names": listed.read_text().strip().splitlines()}))  # what is JSON is YAML
+                    names[0].write_text(json.dumps({"names": listed.read_text().strip().splitlines()}))  # JSON is YAML
                 sets = [reader.from_yolo(str(images), str(labels), str(names[0])) for images, labels in parts.values()]
         else:
             sets = [reader.merge([reader.from_pascal_voc(*map(str, pair)) for pair in parts.values()])] * len(parts)

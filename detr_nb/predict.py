@@ -144,8 +144,8 @@ def _predict_each(
             yield result
 
 # %% ../nbs/24_predict.ipynb #85e32c53
-_SUFFIXES = (".apng", ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm",
-            ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp")
+_SUFFIXES = (".apng", ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm",
+             ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp")
 
 
 def _pictures_in(folder: Path, skip: Path | None) -> list[tuple[str, Path]]:
