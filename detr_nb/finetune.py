@@ -204,15 +204,11 @@ def choose(
     return ask_checkpoint(told.but(finetune=chosen["finetune"])) | chosen
 
 # %% ../nbs/35_finetune.ipynb #dfc7de39
-def _minutes(
-    config: Config,
-    dataset: CocoDataset,  # to train on, with the transform of `config`
-) -> float:
+def _minutes(config: Config, dataset: CocoDataset) -> float:
     "How long the training will take on this machine: reading four images, and the second of two steps with a grey one."
     num_classes, objects = dataset.categories.num_classes, int(dataset.object_counts.max())
-    few, began = range(min(len(dataset), 4)), time.perf_counter()
-    for place in few:
-        dataset[place]
+    began = time.perf_counter()
+    few = [dataset[place] for place in range(min(len(dataset), 4))]
     reading = (time.perf_counter() - began) / len(few) / max(config.run.num_workers, 1)
     device, side = choose_device("auto"), config.data.image_size or 800
     model = build_model(config.but(pretrained=None, finetune=""), num_classes).to(device).train()
@@ -228,13 +224,8 @@ def _minutes(
     return (time.perf_counter() - began + reading) * len(dataset) * config.optimizer.epochs / 60
 
 # %% ../nbs/35_finetune.ipynb #a5d09b6c
-def advise(
-    folder: Annotated[Path, tyro.conf.Positional],
-    weights: str = "",
-    batch_size: int = 8,
-    val_share: float = 0.0,
-    skip_broken: bool = False,
-) -> str:
+def advise(folder: Annotated[Path, tyro.conf.Positional], weights: str = "", batch_size: int = 8,
+           val_share: float = 0.0, skip_broken: bool = False) -> str:
     """What is in a data set, what to be wary of, and what `detr_nb.train finetune` will do; raises `UserError`.
 
     Args:
@@ -254,11 +245,9 @@ def advise(
     lines += [f"  ! {text}" for text in cautions(train, val)]
     settings, reasons = settings_for(told, "finetune", train, val)
     lines += [f"  --{flag} {value or repr(value)}: {because}" for flag, value, because in reasons]
-    chosen = told.but(**settings)
-    minutes = _minutes(chosen, open_split(chosen, "train"))
+    minutes = _minutes(chosen := told.but(**settings), open_split(chosen, "train"))
     lines.append(f"  about {minutes:.0f} minutes of training on this machine, without the evaluations")
-    usual = PRESETS["finetune"].flat()
-    typed = [f" --{name}" + f" {value}" * (value is not True) for name, value in asked.items() if value != usual[name]]
+    typed = [f" --{name} {value}".removesuffix(" True") for name, value in asked.items() if value not in ("", 8, 0)]
     return "\n".join([*lines, f"python -m detr_nb.train finetune --coco_path {folder}{''.join(typed)}"])
 
 
