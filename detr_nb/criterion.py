@@ -10,26 +10,29 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from detr_nb.batching import Targets
-from detr_nb.boxes import cxcywh_to_xyxy, paired_generalized_iou
+from detr_nb.boxes import safe_divisor
 from detr_nb.detr import Predictions, at_least_float32
 from detr_nb.distributed import reduce_sum, world_size
 from detr_nb.matcher import Matches, match
 
 # %% ../nbs/15_criterion.ipynb #c8eb013c
+def _wanted_classes(logits: Float[Tensor, "L B Q C+1"], targets: Targets, matches: Matches) -> Int[Tensor, "L B Q"]:
+    "What each query should say: the class of its object, or no-object."
+    wanted = torch.full(logits.shape[:3], logits.shape[-1] - 1, device=logits.device)
+    wanted[matches.layer, matches.image, matches.query] = targets.labels[matches.target]
+    return wanted
+
+
 def class_losses(
-    logits: Float[Tensor, "L B Q C+1"],
-    targets: Targets,
-    matches: Matches,
+    log_probabilities: Float[Tensor, "L B Q C+1"],
+    wanted: Int[Tensor, "L B Q"],  # the last class is no-object
     eos_coef: float,  # weight of the queries that match nothing
 ) -> Float[Tensor, "L"]:
     "Cross-entropy summed over all queries of all images, per decoder layer (Carion et al. 2020, eq. 2, first term)."
-    no_object = logits.shape[-1] - 1
-    wanted = torch.full(logits.shape[:3], no_object, device=logits.device)
-    wanted[matches.layer, matches.image, matches.query] = targets.labels[matches.target]
-    weights = torch.full((no_object + 1,), 1.0, dtype=logits.dtype, device=logits.device)
-    weights[no_object] = eos_coef
-    loss = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), weights, reduction="none")
-    return loss.view(len(logits), -1).sum(1)
+    weights = log_probabilities.new_ones(log_probabilities.shape[-1])
+    weights[-1].fill_(eos_coef)  # `weights[-1] = ...` would copy from the host, and wait for a GPU
+    per_query = F.nll_loss(log_probabilities.flatten(0, 2), wanted.flatten(), weights, reduction="none")
+    return per_query.view_as(wanted).sum((1, 2))
 
 # %% ../nbs/15_criterion.ipynb #7ff6b584
 def box_losses(
@@ -38,35 +41,31 @@ def box_losses(
     matches: Matches,
 ) -> Float[Tensor, "2 L"]:
     "L1 and generalised-IoU loss summed over matched pairs, per layer (Carion et al. 2020, sec. 3.1 and A.2)."
-    rows = (matches.layer * boxes.shape[1] + matches.image) * boxes.shape[2] + matches.query
-    predicted = boxes.flatten(0, 2).index_select(0, rows)  # whose gradient is one index_add
-    wanted = targets.boxes.index_select(0, matches.target).to(predicted.dtype)
-    distance = (predicted - wanted).abs().sum(-1)
-    overlap = paired_generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))
-    per_pair = torch.stack([distance, 1 - overlap])
-    return per_pair.new_zeros(2, len(boxes)).index_add(1, matches.layer, per_pair)
+    layers, images, queries, _ = boxes.shape
+    chosen = (matches.layer * images + matches.image) * queries + matches.query  # one index: its gradient is faster
+    predicted = boxes.flatten(0, 2).index_select(0, chosen).T  # (4, P)
+    wanted = targets.boxes.index_select(0, matches.target).T.to(predicted.dtype)
+    apart, mean_size = (predicted - wanted).abs(), (predicted[2:] + wanted[2:]) / 2
+    reach = torch.maximum(apart[:2], apart[2:] / 2)
+    shared, around = torch.mul(*(mean_size - reach).clamp(min=0)), torch.mul(*(mean_size + reach))
+    union = predicted[2] * predicted[3] + wanted[2] * wanted[3] - shared
+    overlap = shared / safe_divisor(union) - (around - union) / safe_divisor(around)
+    return torch.stack([apart.sum(0), 1 - overlap]).view(2, layers, len(chosen) // layers).sum(-1)
 
 # %% ../nbs/15_criterion.ipynb #92d45b20
 @torch.no_grad()
-def _class_error(
-    logits: Float[Tensor, "B Q C+1"],
-    targets: Targets,
-    matches: Matches,  # of the layer that the logits are from
-) -> Float[Tensor, ""]:
+def _class_error(logits: Float[Tensor, "B Q C+1"], wanted: Int[Tensor, "B Q"]) -> Float[Tensor, ""]:
     "Per cent of the matched queries whose most likely class is not the object's; 0 when nothing is matched."
-    guessed = logits[matches.image, matches.query].argmax(-1)
-    wrong = (guessed != targets.labels[matches.target]).float()
-    return 100 * wrong.sum() / max(len(wrong), 1)
+    matched = wanted != logits.shape[-1] - 1
+    wrong = matched & (logits.argmax(-1) != wanted)
+    return 100 * wrong.sum() / matched.sum().clamp(min=1)
 
 
 @torch.no_grad()
-def _cardinality_error(
-    logits: Float[Tensor, "L B Q C+1"],
-    counts: Int[Tensor, "B"],
-) -> Float[Tensor, "L"]:
+def _cardinality_error(logits: Float[Tensor, "L B Q C+1"], counts: Int[Tensor, "B"]) -> Float[Tensor, "L"]:
     "How far the number of queries that claim an object is from the number of objects, averaged over the images."
-    claimed = (logits[..., :-1].amax(-1) >= logits[..., -1]).sum(-1)
-    return (claimed - counts).abs().float().mean(-1)
+    claimed = (logits[..., :-1].amax(-1) >= logits[..., -1]).sum(-1)  # argmax takes longer
+    return (claimed - counts).abs().mean(-1, dtype=torch.float32)
 
 # %% ../nbs/15_criterion.ipynb #dc3ff5d6
 class _WeightedLosses(nn.Module):
@@ -80,15 +79,22 @@ class _WeightedLosses(nn.Module):
         "The weight of a loss in the total: 0 for what is only watched."
         return self.weights.get(name.rstrip("0123456789").rstrip("_"), 0.0)
 
+    def _weighted(self, losses: dict[str, Tensor]) -> tuple[list[str], Float[Tensor, "K"]]:
+        "The losses that count, times their weights: three for each decoder layer, so all in one go."
+        names = [name for name in losses if self.weight(name)]
+        values = torch.stack([losses[name] for name in names])
+        weights = torch.tensor([self.weight(name) for name in names], dtype=values.dtype)
+        return names, values * weights.to(values.device, non_blocking=True)
+
     def total(self, losses: dict[str, Tensor]) -> Float[Tensor, ""]:
         "The weighted sum that is differentiated."
-        return sum(self.weight(name) * value for name, value in losses.items() if self.weight(name))
+        return self._weighted(losses)[1].sum()
 
     def named_for_log(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         "By the released log's names: `loss`, the weighted ones that it sums, `class_error`, and each as `_unscaled`."
-        weighted = {name: self.weight(name) * value for name, value in losses.items() if self.weight(name)}
+        names, weighted = self._weighted(losses)
         unscaled = {f"{name}_unscaled": value for name, value in losses.items()}
-        return {"loss": self.total(losses), **weighted, "class_error": losses["class_error"], **unscaled}
+        return {"loss": weighted.sum(), **dict(zip(names, weighted)), "class_error": losses["class_error"], **unscaled}
 
     def normalizers(
         self, counts: Int[Tensor, "B"], num_queries: int, dtype: torch.dtype = torch.float32
@@ -101,12 +107,11 @@ class _WeightedLosses(nn.Module):
 # %% ../nbs/15_criterion.ipynb #974f15f3
 def _name_layers(per_layer: dict[str, Float[Tensor, "L"]]) -> dict[str, Tensor]:
     "One entry per loss and layer, under the released names."
-    values = {name: losses.unbind() for name, losses in per_layer.items()}
-    *earlier, last = zip(*values.values())
-    named = dict(zip(values, last))
-    for layer, losses in enumerate(earlier):
-        named |= {f"{name}_{layer}": value for name, value in zip(values, losses)}
-    return named
+    (*others, last), names = zip(*per_layer.values()), per_layer.keys()
+    losses = dict(zip(names, last))
+    for layer, values in enumerate(others):
+        losses |= {f"{name}_{layer}": value for name, value in zip(names, values)}
+    return losses
 
 # %% ../nbs/15_criterion.ipynb #62b14f06
 class SetCriterion(_WeightedLosses):
@@ -137,15 +142,19 @@ class SetCriterion(_WeightedLosses):
             own = self.normalizers(targets.counts, predictions.logits.shape[2], predictions.logits.dtype)
             normalizers = reduce_sum(own) / world_size()
         divisors = torch.stack([normalizers[0].clamp(min=1 / world_size()), normalizers[1]])
-        return self.losses(predictions, targets, match(predictions, targets, *self.costs), divisors)
+        log_probabilities = predictions.logits.log_softmax(-1)  # for the matching and for the loss
+        matches = match(predictions, targets, *self.costs, log_probabilities)
+        return self.losses(predictions, targets, matches, divisors, log_probabilities)
 
     def losses(
-        self, predictions: Predictions, targets: Targets, matches: Matches, divisors: Float[Tensor, "2"]
+        self, predictions: Predictions, targets: Targets, matches: Matches, divisors: Float[Tensor, "2"],
+        log_probabilities: Float[Tensor, "L B Q C+1"],
     ) -> dict[str, Tensor]:
         "What `forward` gives, for pairs that are known; the divisors are those of boxes and of classes."
         logits, boxes = predictions.logits, predictions.boxes
         distance, overlap = box_losses(boxes, targets, matches) / divisors[0]
-        classes = class_losses(logits, targets, matches, self.eos_coef) / divisors[1]
+        wanted = _wanted_classes(logits, targets, matches)
+        classes = class_losses(log_probabilities, wanted, self.eos_coef) / divisors[1]
         losses = _name_layers({"loss_ce": classes, "loss_bbox": distance, "loss_giou": overlap,
                                "cardinality_error": _cardinality_error(logits, targets.counts)})
-        return losses | {"class_error": _class_error(logits[-1], targets, matches.of_layer(len(logits) - 1))}
+        return losses | {"class_error": _class_error(logits[-1], wanted[-1])}

@@ -359,8 +359,8 @@ class _LossMeans:
         for sums in gather_objects(self.sums):
             for name, pair in sums.items():
                 totals[name] = totals.get(name, 0) + pair.double().cpu()
-        means = {name: float(total / weight) if weight else 0.0 for name, (total, weight) in totals.items()}
-        return self.criterion.named_for_log(means) if means else {}
+        means = {name: total / (weight or 1) for name, (total, weight) in totals.items()}
+        return {name: float(value) for name, value in self.criterion.named_for_log(means).items()} if means else {}
 
 # %% ../nbs/16_evaluation.ipynb #6e2cbbd3
 def evaluate(

@@ -14,11 +14,12 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from .batching import Targets
+from .boxes import safe_divisor
 from .detr import Predictions, at_least_float32
 
 # %% ../nbs/14_matcher.ipynb #2ca1f08b
 class Matches(NamedTuple):
-    "Who answers for which: one entry per matched pair of a query and an object."
+    "Who answers for which: one entry per matched pair of a query and an object, layer after layer, as many in each."
     layer: Int[Tensor, "P"]  # decoder layer, 0..L-1
     image: Int[Tensor, "P"]  # position of the image in the batch, 0..B-1
     query: Int[Tensor, "P"]  # 0..Q-1
@@ -36,7 +37,7 @@ def image_of_target(targets: Targets) -> Int[Tensor, "N"]:
     positions = torch.arange(len(counts), device=counts.device)
     return positions.repeat_interleave(counts, output_size=len(targets.labels))
 
-# %% ../nbs/14_matcher.ipynb #6e969f7b
+# %% ../nbs/14_matcher.ipynb #2f7d90c4
 @torch.no_grad()
 def matching_cost(
     predictions: Predictions,
@@ -44,32 +45,26 @@ def matching_cost(
     cost_class: float = 1.0,  # weight of minus the probability of the object's class
     cost_bbox: float = 5.0,  # weight of the L1 distance of the boxes
     cost_giou: float = 2.0,  # weight of minus the generalised IoU
+    log_probabilities: Float[Tensor, "L B Q C+1"] | None = None,  # of the logits, where they are known already
 ) -> Float[Tensor, "L N Q"]:
     "The cost of letting each query of an image answer for each of its objects (Carion et al. 2020, sec. 3.1)."
     image = image_of_target(targets)
-    probabilities = at_least_float32(predictions.logits).softmax(-1)
-    cost = probabilities[:, image, :, targets.labels].transpose(0, 1).mul(-cost_class)  # (N, L, Q) to (L, N, Q)
-    planes = at_least_float32(predictions.boxes).movedim(-1, 0).contiguous()  # (4, L, B, Q): cx, cy, width, height
-    wanted = targets.boxes.to(planes.dtype).T[..., None]  # (4, N, 1)
-
-    def of_objects(plane: Float[Tensor, "L B Q"]) -> Float[Tensor, "L N Q"]:
-        "For each object the numbers of its image."
-        return plane.index_select(1, image)
-
-    for plane, goal in zip(planes, wanted):
-        cost.add_(of_objects(plane).sub_(goal).abs_(), alpha=cost_bbox)
-    intersection, enclosing = 1.0, 1.0
-    for axis in (0, 1):  # along x, along y
-        centre, size, at, length = planes[axis], planes[axis + 2], wanted[axis], wanted[axis + 2]
-        ends = of_objects(centre + size / 2).clamp_(max=at + length / 2)
-        shared = ends.sub_(of_objects(centre - size / 2).clamp_(min=at - length / 2))  # less than zero: a gap
-        enclosing = of_objects(size).add_(length).sub_(shared).mul_(enclosing)
-        intersection = shared.clamp_(min=0).mul_(intersection)
-    union = of_objects(planes[2:].prod(0)).add_(wanted[2:].prod(0)).sub_(intersection)
-    tiny = torch.finfo(union.dtype).tiny
-    overlap = intersection.div_(union.clamp(min=tiny))
-    lost = union.sub_(enclosing).div_(enclosing.clamp_(min=tiny))  # minus the share that neither box covers
-    return cost.sub_(overlap.add_(lost), alpha=cost_giou)
+    if log_probabilities is None:
+        log_probabilities = at_least_float32(predictions.logits).log_softmax(-1)
+    cost = log_probabilities.mT[:, image, targets.labels].exp_().mul_(-cost_class)
+    planes = at_least_float32(predictions.boxes).movedim(-1, 0).contiguous()  # cx, cy, w, h: each (L, B, Q)
+    wanted = targets.boxes.T.to(planes.dtype)[..., None]  # each (N, 1)
+    shared = around = 1.0  # the area that both cover, and that of the smallest box around both
+    for centre, size, wanted_centre, wanted_size in zip(planes[:2], planes[2:], wanted[:2], wanted[2:]):  # x, then y
+        apart, size = centre.index_select(1, image).sub_(wanted_centre).abs_(), size.index_select(1, image)
+        unlike = (size - wanted_size).abs_()
+        cost.add_(apart, alpha=cost_bbox).add_(unlike, alpha=cost_bbox)
+        mean, reach = size.add_(wanted_size).div_(2), torch.maximum(apart, unlike.div_(2), out=apart)
+        around = torch.add(mean, reach, out=unlike).mul_(around)
+        shared = mean.sub_(reach).clamp_(min=0).mul_(shared)
+    union = (planes[2] * planes[3]).index_select(1, image).add_(wanted[2] * wanted[3]).sub_(shared)
+    overlap = shared.div_(safe_divisor(union)).add_(union.sub_(around).div_(safe_divisor(around)))
+    return cost.sub_(overlap, alpha=cost_giou)
 
 # %% ../nbs/14_matcher.ipynb #8381b5b5
 def _check_cost(
@@ -99,20 +94,17 @@ def match(
     cost_class: float = 1.0,
     cost_bbox: float = 5.0,
     cost_giou: float = 2.0,
+    log_probabilities: Float[Tensor, "L B Q C+1"] | None = None,  # see `matching_cost`
 ) -> Matches:
     "The cheapest one-to-one assignment in every layer and image (Carion et al. 2020, eq. 1); one copy from the device."
-    cost = matching_cost(predictions, targets, cost_class, cost_bbox, cost_giou)
-    counts = targets.counts
-    host = torch.cat([counts.to(cost.dtype), cost.flatten()]).cpu().numpy()
-    counts_host = host[: len(counts)].astype(int).tolist()
-    cost_host = host[len(counts) :].reshape(cost.shape)
-    _check_cost(cost_host, counts_host, targets.image_ids)
-    found = []
-    for layer in range(len(cost_host)):
-        start = 0
-        for image, count in enumerate(counts_host):
-            target, query = linear_sum_assignment(cost_host[layer, start : start + count])
-            found.append(np.stack([np.full_like(query, layer), np.full_like(query, image), query, target + start]))
-            start += count
-    pairs = torch.from_numpy(np.concatenate(found, axis=1)).to(cost.device, non_blocking=True)
-    return Matches(*pairs)
+    cost = matching_cost(predictions, targets, cost_class, cost_bbox, cost_giou, log_probabilities)
+    host = torch.cat([targets.counts.to(cost.dtype), cost.flatten()]).cpu().numpy()
+    counts, tables = np.split(host, [len(targets.counts)])
+    counts, tables = counts.astype(int).tolist(), tables.reshape(cost.shape)
+    _check_cost(tables, counts, targets.image_ids)
+    bounds = np.cumsum([0, *counts])  # the objects of an image lie between two of them
+    found = [linear_sum_assignment(table[a:b]) for table in tables for a, b in zip(bounds, bounds[1:])]
+    target, query = map(np.concatenate, zip(*found))
+    layer, image = np.divmod(np.repeat(np.arange(len(found)), [len(rows) for rows, _ in found]), len(counts))
+    pairs = np.stack([layer, image, query, target + bounds[image]])
+    return Matches(*torch.from_numpy(pairs).to(cost.device, non_blocking=True))

@@ -171,10 +171,11 @@ class MaskCriterion(SetCriterion):
         self.weights |= {"loss_mask": mask_loss_coef, "loss_dice": dice_loss_coef}
 
     def losses(
-        self, predictions: Predictions, targets: Targets, matches: Matches, divisors: Float[Tensor, "2"]
+        self, predictions: Predictions, targets: Targets, matches: Matches, divisors: Float[Tensor, "2"],
+        log_probabilities: Float[Tensor, "L B Q C+1"],
     ) -> dict[str, Tensor]:
         "What `SetCriterion` gives, and `loss_mask` and `loss_dice`."
-        losses = super().losses(predictions, targets, matches, divisors)
+        losses = super().losses(predictions, targets, matches, divisors, log_probabilities)
         last = matches.of_layer(len(predictions.boxes) - 1)
         focal, dice = mask_losses(predictions.masks, targets, last) / divisors[0]
         return losses | {"loss_mask": focal, "loss_dice": dice}
