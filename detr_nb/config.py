@@ -69,6 +69,12 @@ class ModelConfig:
     nheads: int = 8  # heads of each attention (paper: 8)
     num_queries: int = 100  # objects that can be found in one image (paper: 100)
     pre_norm: bool = False  # normalise before attention, not after (paper: no)
+    # what came after DETR, in the last part of the book. How queries look: conditional, with a point; dab, with a box
+    decoder: Literal["detr", "conditional", "dab"] = "detr"
+    query_groups: int = 1  # sets of queries that learn side by side, of which the first is kept (Group DETR: 11)
+    # with dab: attention's scores get a bias, a Gaussian beside the box, or a learned function of its edges
+    box_bias: Literal["none", "gauss", "rpb"] = "none"
+    two_stage: bool = False  # with dab: queries begin with boxes that the encoder proposes
     masks: bool = False  # also paint a mask for each object (paper: in a second training)
     # smallest probability of a class that gives a segment in the panoptic evaluation (paper: 0.85)
     panoptic_threshold: float = 0.85
@@ -86,6 +92,10 @@ class LossConfig:
     mask_loss_coef: float = 1  # of the masks' focal loss (paper: 1)
     dice_loss_coef: float = 1  # of the masks' dice loss (paper: 1)
     eos_coef: float = 0.1  # of the no-object class among the classes (paper: 0.1)
+    cls_loss_coef: float = 1  # of the classes in the loss (paper: 1; with class_loss focal 2)
+    # ce: a softmax with no-object (paper); else each class by itself, and its score knows how good the box is, not focal
+    class_loss: Literal["ce", "focal", "ia_bce", "vfl", "mal"] = "ce"
+    repeat_targets: int = 1  # with two_stage: cells of the encoder that learn from each object
 
 # %% ../nbs/27_config.ipynb #de68142a
 @dataclass(frozen=True)
@@ -202,6 +212,11 @@ PRESETS["photos"] = PRESETS["shapes"].but(
     batch_size=4, lr=3e-4, lr_backbone=2e-4, image_size=240, num_queries=60, epochs=20, warmup_steps=40,
     group_by_shape=False,
 )
+_AFTER = dict(temperature=20, num_queries=300, epochs=50, lr_drop=40, set_cost_class=2, cls_loss_coef=2)
+PRESETS["conditional"] = PRESETS["paper"].but(**_AFTER | {"temperature": 10000}, decoder="conditional",
+                                              class_loss="focal")
+PRESETS["dab"] = PRESETS["paper"].but(**_AFTER, decoder="dab", class_loss="focal")
+PRESETS["group_dab"] = PRESETS["dab"].but(query_groups=11, epochs=12, lr_drop=11)
 _SHAPES_MASKS = dict(lr_masks=2e-3, lr_muon=0.005, warmup_steps=100, epochs=9, panoptic_threshold=0.35)
 _SHAPES_MASK_HEAD = dict(lr_masks=2e-3, warmup_steps=45, epochs=3)  # alone, the detector is frozen
 

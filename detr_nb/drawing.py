@@ -371,10 +371,10 @@ def draw_predictions(
     side: int = 480,  # of the long side of each picture, pixels
 ) -> Image.Image:
     "A sheet of a batch's images, four in a row, with what was found in each."
-    batch, (logits, boxes, masks) = batch.to("cpu"), (None if x is None else x.cpu() for x in predictions)
+    batch, (logits, boxes, masks) = batch.to("cpu"), (None if x is None else x.cpu() for x in predictions[:3])
     sizes, canvas, targets = batch.targets.sizes, tuple(batch.images.shape[-2:]), batch.targets
     wanted = (sizes * side / sizes.amax(1, keepdim=True)).round().long().clamp(min=1)
-    found, drawn = postprocess(logits[-1], boxes[-1], wanted), []
+    found, drawn = postprocess(logits[-1], boxes[-1], wanted, predictions.sigmoid), []
     truth = cxcywh_to_xyxy(targets.boxes).split(targets.counts.tolist())
     if masks is not None and is_thing is not None:
         cut = panoptic_segments(logits[-1], masks, sizes, wanted, is_thing, threshold, canvas)

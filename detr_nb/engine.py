@@ -10,6 +10,7 @@ import math
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -56,6 +57,11 @@ def check_settings(config: Config) -> None:
                         "on training everything, the second trains the mask head alone")
     if run.frozen_weights and not config.model.masks:
         raise UserError("--frozen_weights needs --masks, since the mask head alone learns; or use --finetune")
+    if config.model.masks and (config.model.query_groups > 1 or config.model.two_stage):
+        raise UserError("masks are learned by one group of queries with boxes of their own: --query_groups 1, and no "
+                        "--two_stage")
+    if config.panoptic and config.loss.class_loss != "ce":
+        raise UserError("panoptic maps leave out queries by their no-object: --class_loss ce")
     if run.eval:
         return
     if config.optimizer.mixed_precision == "fp16" and not torch.cuda.is_available():
@@ -79,15 +85,19 @@ def choose_transform(config: Config, train: bool) -> Transform:
     return paper_transform(train, scale=(config.data.image_size or 800) / 800, exact=config.data.exact_resize)
 
 # %% ../nbs/28_engine.ipynb #29a61fce
+_DETR = {"decoder": "detr", "query_groups": 1, "box_bias": "none", "two_stage": False, "class_loss": "ce"}
+
+
 def build_model(config: Config, num_classes: int) -> DETR | SegmentationDETR:
     "The model that a configuration describes; its backbone's ImageNet weights only if no checkpoint brings weights."
-    others = ("masks", "pretrain_epochs", "panoptic_threshold")  # are not for the detector itself
+    others = ("masks", "pretrain_epochs", "panoptic_threshold", *_DETR)  # are not for the detector itself, or below
     settings = {name: value for name, value in asdict(config.model).items() if name not in others}
+    family = {name: config.flat()[name] for name in _DETR}
     source = config.run.finetune
     brought = source and known_architecture(source).get("backbone") == settings["backbone"]
     if settings["pretrained"] and (config.run.resume or config.run.frozen_weights or brought):
         settings["pretrained"] = None  # they are loaded later
-    model = build_detr(num_classes, norm=settings.pop("backbone_norm"), **settings)
+    model = build_detr(num_classes, norm=settings.pop("backbone_norm"), **settings, **(family if family != _DETR else {}))
     if isinstance(model.backbone, TimmBackbone) and not config.model.masks:
         _freeze_unused(model.backbone)
     return build_segmentation(model, freeze=bool(config.run.frozen_weights)) if config.model.masks else model
@@ -102,11 +112,14 @@ def _freeze_unused(backbone: TimmBackbone) -> None:
 
 def build_criterion(config: Config, num_classes: int) -> SetCriterion:
     "The loss that a configuration describes."
-    weights = {name: value for name, value in asdict(config.loss).items() if name != "aux_loss"}
-    if config.model.masks:
-        return MaskCriterion(num_classes, **weights)
-    del weights["mask_loss_coef"], weights["dice_loss_coef"]
-    return SetCriterion(num_classes, **weights)
+    weights, kind = asdict(config.loss), MaskCriterion if config.model.masks else SetCriterion
+    class_loss, repeat_targets, _ = (weights.pop(name) for name in ("class_loss", "repeat_targets", "aux_loss"))
+    if not config.model.masks:
+        del weights["mask_loss_coef"], weights["dice_loss_coef"]
+    if class_loss == "ce" and config.model.query_groups == 1:
+        return kind(num_classes, **weights)
+    family = import_module("detr_nb.family")
+    return family.family_criterion(kind, class_loss, repeat_targets, num_classes=num_classes, **weights)
 
 # %% ../nbs/28_engine.ipynb #15853b2e
 def _parameter_groups(model: nn.Module, config: Config) -> list[dict]:

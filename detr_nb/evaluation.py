@@ -41,9 +41,10 @@ def postprocess(
     logits: Float[Tensor, "B Q C+1"],  # of the last decoder layer; the last class is no-object
     boxes: Float[Tensor, "B Q 4"],  # cxcywh, as shares of the image
     original_sizes: Int[Tensor, "B 2"],  # (height, width) in pixels
+    sigmoid: bool = False,  # the logits have no no-object, see `Predictions`
 ) -> Detections:
     "Every query's best class that is an object, and its box in pixels (Carion et al. 2020, sec. 4)."
-    scores, labels = at_least_float32(logits).softmax(-1)[..., :-1].max(-1)
+    scores, labels = Predictions(logits[None], boxes[None], sigmoid=sigmoid).probabilities().max(-1)
     height, width = original_sizes.unbind(-1)
     scale = torch.stack([width, height, width, height], dim=-1)
     return Detections(scores, labels, cxcywh_to_xyxy(at_least_float32(boxes)) * scale[:, None])
@@ -269,7 +270,8 @@ class _Collector:
 
     def detect(self, predictions: Predictions, targets: Targets) -> Detections:
         "What the last decoder layer says about a batch."
-        return postprocess(predictions.logits[-1], predictions.boxes[-1], targets.original_sizes)
+        last = predictions.logits[-1], predictions.boxes[-1], targets.original_sizes
+        return postprocess(*last, predictions.sigmoid)
 
     def update(self, image_ids: Int[Tensor, "B"], detections: Detections) -> None:
         "Add a batch of detections; an image that comes twice counts the first time."

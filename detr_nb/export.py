@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from .batching import IMAGENET_MEAN, IMAGENET_STD
-from .detr import DETR, Predictions
+from .detr import DETR, Decoded, Predictions
 from .distributed import UserError, get_logger, user_errors
 from .pretrained import LoadedDetector, load_detector
 from .segmentation import SegmentationDETR
@@ -42,10 +42,11 @@ class _LastAnswer(nn.Module):
     ) -> tuple[Tensor, ...]:  # logits (B, Q, C+1); boxes (B, Q, 4), cxcywh as shares of the image; masks (B, Q, h, w)
         "The last layer's logits and boxes, and mask logits where the model paints."
         if isinstance(self.model, SegmentationDETR):
-            logits, boxes, masks = self.model(images, padding)
-            return logits[-1], boxes[-1], masks
-        decoded, _, _ = self.model.decode(images, padding)
-        answer = self.model.answer(decoded[-1:])
+            answer = self.model(images, padding)
+            return answer.logits[-1], answer.boxes[-1], answer.masks
+        decoded = self.model.decode(images, padding)[0]
+        last = Decoded(*(x if x is None else x[-1:] for x in decoded[:2]))
+        answer = self.model.answer(last)
         return answer.logits[0], answer.boxes[0]
 
 # %% ../nbs/25_export.ipynb #4feee2dd

@@ -322,7 +322,7 @@ def architecture(model: DETR | SegmentationDETR) -> dict[str, Any]:
         "dropout": layer.dropout.p,
         "temperature": float(getattr(positions, "temperature", 10000)),
         "dilation": isinstance(body, Backbone | TimmBackbone) and body.stride == 16 and "@" not in str(of_timm),
-    }
+    } | getattr(model, "family", {})
 
 
 def _check_writable(model: DETR, where: str, pre_norm: bool) -> None:

@@ -98,11 +98,12 @@ def _detect(
     inputs = pad_images(images)[0].to(next(detector.model.parameters()))  # where it is, and as precise
     with evaluation_mode(detector.model) as model:
         if masks or panoptic:  # painted for those alone that score as much; `likely_objects` wants more than that
-            logits, boxes, painted = model(inputs, None, keep=partial(likely_objects, threshold=threshold - 1e-6))
+            answer = model(inputs, None, keep=partial(likely_objects, threshold=threshold - 1e-6))
         else:
-            logits, boxes, _ = (model.detr if isinstance(model, SegmentationDETR) else model)(inputs, None)
-        logits = logits[-1]
-        found = (part.cpu() for part in postprocess(logits, boxes[-1], sizes.to(logits.device)))
+            answer = (model.detr if isinstance(model, SegmentationDETR) else model)(inputs, None)
+        logits, painted = answer.logits[-1], answer.masks
+        found = postprocess(logits, answer.boxes[-1], sizes.to(logits.device), answer.sigmoid)
+        found = (part.cpu() for part in found)
     for index, (result, scores, labels, boxes) in enumerate(zip(results, *found)):
         order = scores.argsort(descending=True)
         order = order[scores[order] >= threshold]

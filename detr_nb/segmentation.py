@@ -172,10 +172,10 @@ class MaskCriterion(SetCriterion):
 
     def losses(
         self, predictions: Predictions, targets: Targets, matches: Matches, divisors: Float[Tensor, "2"],
-        log_probabilities: Float[Tensor, "L B Q C+1"],
+        table: Float[Tensor, "L B Q C+1"],
     ) -> dict[str, Tensor]:
         "What `SetCriterion` gives, and `loss_mask` and `loss_dice`."
-        losses = super().losses(predictions, targets, matches, divisors, log_probabilities)
+        losses = super().losses(predictions, targets, matches, divisors, table)
         last = matches.of_layer(len(predictions.boxes) - 1)
         focal, dice = mask_losses(predictions.masks, targets, last) / divisors[0]
         return losses | {"loss_mask": focal, "loss_dice": dice}
@@ -183,7 +183,8 @@ class MaskCriterion(SetCriterion):
     @torch.no_grad()
     def matched_queries(self, predictions: Predictions, targets: Targets) -> Bool[Tensor, "B Q"]:
         "The queries that answer for an object in the last layer: the only ones whose masks the loss reads."
-        pairs = match(predictions.last_layer(), targets, *self.costs)
+        last = predictions.last_layer()
+        pairs = match(last, targets, *self.costs, self.class_table(at_least_float32(last.logits)), self.class_cost)
         chosen = torch.zeros(predictions.logits.shape[1:3], dtype=torch.bool, device=predictions.logits.device)
         chosen[pairs.image, pairs.query] = True
         return chosen
@@ -246,7 +247,7 @@ class SegmentationDETR(nn.Module):
             decoded, memory = self.detr.attend(projected, features.padding)
             predictions = self.detr.answer(decoded)
         cells = None if features.padding is None else features.padding.flatten(1)
-        attention = self.bbox_attention(decoded[-1], memory, cells).unflatten(-1, projected.shape[-2:])
+        attention = self.bbox_attention(decoded.slots[-1], memory, cells).unflatten(-1, projected.shape[-2:])
         shared = self.mask_head.share(projected, features.maps[-2:-5:-1])
         kept = torch.ones_like(predictions.boxes[-1, :, :, 0], dtype=torch.bool) if keep is None else keep(predictions)
         painted = _paint_kept(self.mask_head, shared, attention, kept, self.at_once)
@@ -266,7 +267,7 @@ def likely_objects(
     threshold: float = 0.5,  # smallest probability of the best class that is an object
 ) -> Bool[Tensor, "B Q"]:
     "The queries that are surer than `threshold` of an object; `partial` makes it a `keep`."
-    return predictions.logits[-1].softmax(-1)[..., :-1].amax(-1) > threshold
+    return predictions.probabilities().amax(-1) > threshold
 
 # %% ../nbs/17_segmentation.ipynb #39718442
 def postprocess_masks(

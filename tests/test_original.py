@@ -61,7 +61,7 @@ def annotate_with(model, coco: Path) -> list[dict]:
     for sample in (dataset[k] for k in range(len(dataset))):
         batch = collate([sample])
         with torch.inference_mode():
-            logits, boxes, _ = model(batch.images, batch.padding)
+            logits, boxes = model(batch.images, batch.padding)[:2]
         found = postprocess(logits[-1], boxes[-1], torch.tensor([sample.original_size]))
         for score, label, (x1, y1, x2, y2) in zip(*(part[0].tolist() for part in found)):
             answers.append({"image_id": sample.image_id, "category_id": COCO_NAMES[label], "score": score,

@@ -163,7 +163,7 @@ def run_ours(model: DETR, images: Tensor, padding: Tensor | None, targets: Targe
     losses = criterion(predictions, targets)
     gradients = torch.autograd.grad(criterion.total(losses), list(model.parameters()))
     named = {name: gradient for (name, _), gradient in zip(model.named_parameters(), gradients)}
-    return {"maps": features.maps, "memory": memory, "decoded": decoded, "logits": predictions.logits,
+    return {"maps": features.maps, "memory": memory, "decoded": decoded.slots, "logits": predictions.logits,
             "boxes": predictions.boxes, "losses": losses, "gradients": named,
             "places": model.position_encoding(features.maps[-1], features.padding).expand(len(images), -1, -1)}
 

@@ -132,7 +132,7 @@ def test_the_mask_head_as_the_released_code_runs_it() -> None:
         features = detr.backbone(images)
         projected = detr.input_proj(features.maps[-1])
         decoded, memory = detr.attend(projected)
-        attention = model.bbox_attention(decoded[-1], memory).unflatten(-1, projected.shape[-2:])
+        attention = model.bbox_attention(decoded.slots[-1], memory).unflatten(-1, projected.shape[-2:])
         x = torch.cat([projected.repeat_interleave(6, 0), attention.flatten(0, 1)], dim=1)
         x = head.gn1(head.lay1(x)).relu()
         x = head.gn2(head.lay2(x)).relu()
