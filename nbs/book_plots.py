@@ -1,6 +1,6 @@
 "The pictures of the book's chapters, of images, boxes and matrices; each one call. Chapter 03 shows them."
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -128,4 +128,15 @@ def show_matrix(
     ax.tick_params(length=0)
     ax.grid(False)
     ax.spines[:].set_visible(False)
+    return ax
+
+
+def frame_cells(
+    ax: Axes,  # of `show_matrix`
+    cells: Iterable[tuple[int, int]],  # (row, column)
+    color: str = "crimson",
+) -> Axes:
+    "Draw a frame around some cells of a heat map."
+    for row, column in cells:
+        ax.add_patch(Rectangle((column - 0.44, row - 0.44), 0.88, 0.88, fill=False, edgecolor=color, linewidth=2.5))
     return ax
