@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, multiprocessing
 from torch.utils.data import Dataset
 
+from detr_nb.batching import Targets
 from detr_nb.distributed import (
     Launch,
     Process,
@@ -143,3 +144,32 @@ class Dice(Dataset):
         old = np.random.randint(100)  # noqa: NPY002
         new = sample_rng(self.seed, self.epoch, index).integers(100)
         return torch.tensor([random.randrange(100), old, self.rng.integers(100), new])
+
+
+def losses_on_rank(process: Process, batches: list) -> dict[str, dict[str, float]]:
+    "Three criteria on this process's share of a batch, given as (predictions, targets) for each rank; see the museum."
+    from accelerate import PartialState
+    from transformers import RTDetrConfig
+    from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageLoss
+    from transformers.loss.loss_rt_detr import RTDetrLoss
+    from transformers.utils import logging as their_logging
+
+    from detr_nb.criterion import SetCriterion
+
+    their_logging.set_verbosity_error()
+    PartialState(cpu=True)  # as their trainer does: it tells their loss how many processes there are
+    predictions, targets = batches[process.rank]
+    outputs = {"logits": predictions.logits[-1], "pred_boxes": predictions.boxes[-1]}
+    labels = list_targets(targets)
+    theirs = ImageLoss(HungarianMatcher(1, 5, 2), 6, 0.1, ["labels", "boxes"])
+    sigmoids = outputs | {"logits": outputs["logits"][..., :-1]}  # RT-DETR has no class of no-object
+    losses = {"detr_nb": SetCriterion(6)(predictions, targets), "transformers, DETR": theirs(outputs, labels),
+              "transformers, RT-DETR": RTDetrLoss(RTDetrConfig(num_labels=6))(sigmoids, labels)}  # fmt: skip
+    return {name: {key: float(value) for key, value in own.items()} for name, own in losses.items()}
+
+
+def list_targets(targets: Targets) -> list[dict[str, torch.Tensor]]:
+    "Packed targets as transformers wants them."
+    counts = targets.counts.tolist()
+    pairs = zip(targets.labels.split(counts), targets.boxes.split(counts))
+    return [{"class_labels": labels, "boxes": boxes} for labels, boxes in pairs]
