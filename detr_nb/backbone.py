@@ -9,6 +9,7 @@ import re
 import warnings
 from collections import OrderedDict
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,12 @@ from .batching import IMAGENET_MEAN, IMAGENET_STD, renormalize
 from .distributed import UserError
 
 # %% ../nbs/10_backbone.ipynb #5205ba5f
+def _scale_and_shift(norm: nn.Module) -> tuple[Float[Tensor, "D"], Float[Tensor, "D"]]:
+    "What a frozen norm multiplies with, and what it adds."
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale, norm.bias - norm.running_mean * scale
+
+
 class FrozenBatchNorm2d(nn.Module):
     "Batch norm with statistics and parameters that never change: one multiplication and one addition per channel."
 
@@ -35,14 +42,44 @@ class FrozenBatchNorm2d(nn.Module):
 
     def forward(self, x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B D H W"]:
         "What `nn.BatchNorm2d` gives in evaluation mode, but the input is not kept for the backward pass."
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        shift = self.bias - self.running_mean * scale
-        return torch.addcmul(shift.to(x.dtype)[:, None, None], x, scale.to(x.dtype)[:, None, None])
+        scale, shift = (constant.to(x.dtype)[:, None, None] for constant in _scale_and_shift(self))
+        return torch.addcmul(shift, x, scale)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         "Accept a batch norm's state: its count of training batches means nothing here."
         state_dict.pop(prefix + "num_batches_tracked", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+# %% ../nbs/10_backbone.ipynb #10fold02
+class _NormedConv2d(nn.Conv2d):
+    "A convolution that does the work of the frozen norm after it, too: scale in the weight, shift as bias."
+    norm: tuple[nn.Module, ...] = ()  # one, or none; in a tuple it is no child, and no name changes
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        for norm in self.norm:
+            scale, bias = _scale_and_shift(norm)
+            weight = weight * scale[:, None, None, None]
+        return super()._conv_forward(x, weight, bias)
+
+
+class _FoldedNorm(FrozenBatchNorm2d):
+    "A frozen norm whose work the convolution before it does; timm's norms hold an activation, which is still theirs."
+
+    def forward(self, x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B D H W"]:
+        return self.act(self.drop(x)) if hasattr(self, "act") else x
+
+
+def _fold_norms(body: nn.Module, asked: tuple[str, ...] = ()) -> nn.Module:
+    "Join convolutions without bias and the frozen norms right after them, but where a name in `asked` wants the map."
+    kept = [module for name, module in body.named_modules() if name in asked]
+    for module in body.modules():
+        for conv, norm in pairwise(module.children()):
+            frozen = type(norm).__name__ in ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")  # ours, or timm's
+            plain = type(conv) is nn.Conv2d
+            if frozen and (plain or isinstance(conv, _NormedConv2d)) and conv.bias is None and conv not in kept:
+                conv.__class__ = _NormedConv2d if plain else type(conv)
+                conv.norm, norm.__class__ = (norm,), _FoldedNorm
+    return body
 
 # %% ../nbs/10_backbone.ipynb #a88d62e9
 def group_norm(channels: int, groups: int = 32) -> nn.GroupNorm:
@@ -77,7 +114,7 @@ def _resnet_body(
     resnet = getattr(torchvision.models, name)(weights=None, norm_layer=_NORMS[norm])
     if dilation:
         _dilate_last_stage(resnet.layer4)
-    return nn.Sequential(OrderedDict(list(resnet.named_children())[:-2]))
+    return _fold_norms(nn.Sequential(OrderedDict(list(resnet.named_children())[:-2])))
 
 # %% ../nbs/10_backbone.ipynb #e5695267
 class WeightsError(UserError):
@@ -154,8 +191,8 @@ class Backbone(nn.Module):
         images: Float[Tensor, "B 3 H W"],  # normalised, any size
         padding: Bool[Tensor, "B H W"] | None = None,  # True on padded pixels
     ) -> Features:
-        "The maps of the four stages, and the padding of the last."
-        maps, x = [], images
+        "The maps of the four stages, and the padding of the last; `channels_last` in memory."
+        maps, x = [], images.contiguous(memory_format=torch.channels_last)
         for name, part in self.body.named_children():
             x = part(x)
             if name.startswith("layer"):
@@ -291,7 +328,7 @@ class TimmBackbone(nn.Module):
         return Features(tuple(maps), _shrink_padding(padding, maps[-1].shape[-2:]))
 
 # %% ../nbs/10_backbone.ipynb #997d31f1
-class _EvenConv2d(nn.Conv2d):
+class _EvenConv2d(_NormedConv2d):
     "A strided convolution, padded as TensorFlow pads maps with even sides: so its output's size is simple to export."
 
     def forward(self, maps: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
@@ -326,7 +363,8 @@ def _timm_network(name: str, pretrained: bool | None, norm: str, dilation: bool)
         whole = timm.create_model(network).state_dict()  # of the same order as the package's, which has other names
         named = dict(zip(whole, weights.values(), strict=True))
         body.load_state_dict({key: named[key.removeprefix("model.")] for key in body.state_dict()})
-    return timm.layers.freeze_batch_norm_2d(body) if norm == "frozen" else body
+    asked = tuple(body.feature_info.module_name())
+    return _fold_norms(timm.layers.freeze_batch_norm_2d(body), asked) if norm == "frozen" else body
 
 
 _LITE = re.compile(r"tf_efficientnet_lite([0-2])(\.in1k)?")  # without tf_ it is another network, of other weights
