@@ -191,8 +191,8 @@ class Backbone(nn.Module):
         images: Float[Tensor, "B 3 H W"],  # normalised, any size
         padding: Bool[Tensor, "B H W"] | None = None,  # True on padded pixels
     ) -> Features:
-        "The maps of the four stages, and the padding of the last; `channels_last` in memory."
-        maps, x = [], images.contiguous(memory_format=torch.channels_last)
+        "The maps of the four stages, and the padding of the last."
+        maps, x = [], images
         for name, part in self.body.named_children():
             x = part(x)
             if name.startswith("layer"):
