@@ -5,6 +5,7 @@ __all__ = ['FrozenBatchNorm2d', 'group_norm', 'WeightsError', 'Features', 'Backb
            'build_backbone']
 
 # %% ../nbs/10_backbone.ipynb #c764e913
+import math
 import re
 import warnings
 from collections import OrderedDict
@@ -46,8 +47,7 @@ class FrozenBatchNorm2d(nn.Module):
         return torch.addcmul(shift, x, scale)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        "Accept a batch norm's state: its count of training batches means nothing here."
-        state_dict.pop(prefix + "num_batches_tracked", None)
+        state_dict.pop(prefix + "num_batches_tracked", None)  # of a batch norm's state: it means nothing here
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 # %% ../nbs/10_backbone.ipynb #10fold02
@@ -56,10 +56,12 @@ class _NormedConv2d(nn.Conv2d):
     norm: tuple[nn.Module, ...] = ()  # one, or none; in a tuple it is no child, and no name changes
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        for norm in self.norm:
+        fewer = torch.compiler.is_compiling() or weight[0].numel() * math.prod(self.stride) < x[:, 0].numel()
+        for norm in self.norm if fewer else ():  # weights than numbers in the map
             scale, bias = _scale_and_shift(norm)
             weight = weight * scale[:, None, None, None]
-        return super()._conv_forward(x, weight, bias)
+        x = super()._conv_forward(x, weight, bias)
+        return x if fewer or not self.norm else FrozenBatchNorm2d.forward(self.norm[0], x)
 
 
 class _FoldedNorm(FrozenBatchNorm2d):
@@ -75,10 +77,9 @@ def _fold_norms(body: nn.Module, asked: tuple[str, ...] = ()) -> nn.Module:
     for module in body.modules():
         for conv, norm in pairwise(module.children()):
             frozen = type(norm).__name__ in ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")  # ours, or timm's
-            plain = type(conv) is nn.Conv2d
-            if frozen and (plain or isinstance(conv, _NormedConv2d)) and conv.bias is None and conv not in kept:
-                conv.__class__ = _NormedConv2d if plain else type(conv)
-                conv.norm, norm.__class__ = (norm,), _FoldedNorm
+            kind = {nn.Conv2d: _NormedConv2d}.get(type(conv), type(conv))  # timm has convolutions of other kinds
+            if frozen and issubclass(kind, _NormedConv2d) and conv.bias is None and conv not in kept:
+                conv.__class__, conv.norm, norm.__class__ = kind, (norm,), _FoldedNorm
     return body
 
 # %% ../nbs/10_backbone.ipynb #a88d62e9
@@ -329,10 +330,9 @@ class TimmBackbone(nn.Module):
 
 # %% ../nbs/10_backbone.ipynb #997d31f1
 class _EvenConv2d(_NormedConv2d):
-    "A strided convolution, padded as TensorFlow pads maps with even sides: so its output's size is simple to export."
+    "A strided convolution, padded as TensorFlow pads maps with even sides: less than half of it left and above."
 
-    def forward(self, maps: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
-        "Less than half of the padding lies at the left and above."
+    def forward(self, maps: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:  # of a size that is simple to export
         pads = [size - step for size, step in zip(self.kernel_size, self.stride)]
         return super().forward(F.pad(maps, [part for pad in pads[::-1] for part in (pad // 2, pad - pad // 2)]))
 
