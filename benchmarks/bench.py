@@ -3,17 +3,23 @@
     python benchmarks/bench.py                      # every scenario
     python benchmarks/bench.py --only criterion     # those whose name has this in it
     python benchmarks/bench.py --smoke              # once each, on small problems: does everything run?
+    python benchmarks/bench.py --photos DIR         # also the data pipeline, on photographs in COCO's layout ($PHOTOS)
+    python benchmarks/bench.py --device cuda        # model and criterion on a GPU, and --bf16 for half precision
 
 Ours and a peer take turns, so that what else the machine does meets both; a ratio is that of two neighbouring runs, and
 the table gives the median of the ratios and the middle half of them. Same weights, same images, same targets, the same
-parameters learn, float32. Both run with the threads that the environment asks for.
+parameters learn, float32 unless told otherwise. Both run with the threads that the environment asks for. Where no peer
+does the same work, ours stands alone.
 """
 import argparse
 import contextlib
 import io
 import json
+import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,18 +30,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from PIL import Image
+from torchvision.transforms import functional as TF
 from transformers import DetrConfig, DetrForObjectDetection
 from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageLoss
 
-from detr_nb.batching import Targets
+from detr_nb.batching import Batch, Targets, collate, make_loader
 from detr_nb.coco import open_coco
+from detr_nb.config import PRESETS
 from detr_nb.criterion import SetCriterion
 from detr_nb.detr import DETR, Predictions
+from detr_nb.engine import build_criterion, build_model, build_optimizer, set_rates, train_step
 from detr_nb.evaluation import score
 from detr_nb.layouts import from_transformers
 from detr_nb.shapes_set import write_shapes
+from detr_nb.transforms import output_size, paper_transform, scaled_lengths
 
-Pair = tuple[Callable[[], object], Callable[[], object]]  # ours, and the peer's
+Pair = tuple[Callable[[], object], Callable[[], object] | None]  # ours, and the peer's where there is one
+ON = {"device": torch.device("cpu"), "bf16": False}  # where model and criterion run, set by the command line
+
+
+def autocast() -> torch.autocast:
+    "Half precision in the model, where it is asked for."
+    return torch.autocast(ON["device"].type, torch.bfloat16, enabled=ON["bf16"])
 
 
 def random_targets(images: int, objects: int, seed: int = 0) -> Targets:
@@ -45,7 +63,7 @@ def random_targets(images: int, objects: int, seed: int = 0) -> Targets:
                        0.05 + 0.3 * torch.rand(total, 2, generator=generator)], dim=1)
     sizes = torch.tensor([[384, 512]]).repeat(images, 1)
     return Targets(torch.randint(0, 91, (total,), generator=generator), boxes, torch.full((images,), objects),
-                   torch.arange(images), sizes, sizes)
+                   torch.arange(images), sizes, sizes).to(ON["device"])
 
 
 def as_lists(targets: Targets) -> list[dict]:
@@ -58,11 +76,10 @@ def as_lists(targets: Targets) -> list[dict]:
 def criterion(images: int, objects: int) -> Pair:
     "Matching and losses of six layers with a hundred queries, forward and backward."
     generator, targets = torch.Generator().manual_seed(1), random_targets(images, objects)
-    logits = torch.randn(6, images, 100, 92, generator=generator).requires_grad_()
-    boxes = (0.05 + 0.5 * torch.rand(6, images, 100, 4, generator=generator)).requires_grad_()
-    own, lists = SetCriterion(91), as_lists(targets)
-    names = ["labels", "boxes", "cardinality"]
-    other = ImageLoss(HungarianMatcher(1, 5, 2), num_classes=91, eos_coef=0.1, losses=names)
+    logits = torch.randn(6, images, 100, 92, generator=generator).to(ON["device"]).requires_grad_()
+    boxes = (0.05 + 0.5 * torch.rand(6, images, 100, 4, generator=generator)).to(ON["device"]).requires_grad_()
+    own, lists = SetCriterion(91).to(ON["device"]), as_lists(targets)
+    other = ImageLoss(HungarianMatcher(1, 5, 2), 91, 0.1, ["labels", "boxes", "cardinality"]).to(ON["device"])
     weights = {"loss_ce": 1, "loss_bbox": 5, "loss_giou": 2}
 
     def ours() -> torch.Tensor:
@@ -85,8 +102,8 @@ def criterion(images: int, objects: int) -> Pair:
 def models() -> tuple[DETR, DetrForObjectDetection]:
     "The paper's R50 model with the same random weights twice; the stem and the first stage do not learn."
     torch.manual_seed(0)
-    theirs = DetrForObjectDetection(DetrConfig(use_pretrained_backbone=False, backbone_config=None, num_labels=91,
-                                               auxiliary_loss=True))
+    settings = dict(use_pretrained_backbone=False, backbone_config=None, num_labels=91, auxiliary_loss=True)
+    theirs = DetrForObjectDetection(DetrConfig(**settings))
     ours = from_transformers(theirs.state_dict())
     for name, parameter in theirs.named_parameters():
         early = "backbone" in name and not any(f"layer{stage}" in name or f"stages.{stage - 1}" in name
@@ -94,34 +111,91 @@ def models() -> tuple[DETR, DetrForObjectDetection]:
         parameter.requires_grad_(not early)
     for part, module in ours.backbone.body.named_children():
         module.requires_grad_(part not in ("conv1", "bn1", "layer1"))
-    return ours, theirs
+    return ours.to(ON["device"]), theirs.to(ON["device"])
 
 
 def training_step(height: int, width: int, images: int) -> Pair:
     "Forward, loss and backward of the R50 model."
     ours, theirs = models()
     generator, targets = torch.Generator().manual_seed(2), random_targets(images, 8)
-    pixels, mask = torch.randn(images, 3, height, width, generator=generator), torch.ones(images, height, width)
-    loss, lists = SetCriterion(91), as_lists(targets)
+    pixels = torch.randn(images, 3, height, width, generator=generator).to(ON["device"])
+    mask, loss, lists = torch.ones_like(pixels[:, 0]), SetCriterion(91).to(ON["device"]), as_lists(targets)
 
     def step_of_ours() -> None:
         ours.zero_grad()
-        loss.total(loss(ours.train()(pixels, None), targets)).backward()
+        with autocast():
+            predictions = ours.train()(pixels, None)
+        loss.total(loss(predictions, targets)).backward()
 
     def step_of_theirs() -> None:
         theirs.zero_grad()
-        theirs.train()(pixels, mask, labels=lists).loss.backward()
+        with autocast():
+            found = theirs.train()(pixels, mask, labels=lists)
+        found.loss.backward()
 
     return step_of_ours, step_of_theirs
+
+
+def embedded_step(images: int) -> Pair:
+    "A whole step of the embedded model, its optimizer with it."
+    torch.manual_seed(0)
+    config, accelerator = PRESETS["shapes"], Accelerator(cpu=ON["device"].type == "cpu")
+    model, criterion = build_model(config, 6).train().to(ON["device"]), build_criterion(config, 6).to(ON["device"])
+    model, optimizer = accelerator.prepare(model, build_optimizer(model, config))
+    set_rates(optimizer, 1e-3)
+    targets, pixels = random_targets(images, 4), torch.randn(images, 3, 128, 160, device=ON["device"])
+    batches = [Batch(pixels, None, targets._replace(labels=targets.labels % 6))]
+    return lambda: train_step(model, criterion, optimizer, accelerator, batches, config), None
+
+
+def memory(height: int, width: int, images: int) -> Pair:
+    "The most memory that a process holds which takes two training steps: megabytes, where others give milliseconds."
+    def measured(side: int) -> float:
+        program = (f"import resource, sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench; "
+                   f"run = bench.training_step({height}, {width}, {images})[{side}]; run(); run(); "
+                   "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+        return int(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True).stdout) / 1024
+
+    return partial(measured, 0), partial(measured, 1)
+
+
+def start_up(*programs: str) -> Pair:
+    "A new Python that does one thing and ends."
+    run = partial(subprocess.run, check=True, capture_output=True)
+    return (*(partial(run, [sys.executable, "-c", program]) for program in programs), None)[:2]
 
 
 def inference(height: int, width: int) -> Pair:
     "One image through the R50 model."
     ours, theirs = (model.eval() for model in models())
-    pixels, mask = torch.randn(1, 3, height, width), torch.ones(1, height, width)
-    with torch.no_grad():
-        assert (ours(pixels, None).boxes[-1] - theirs(pixels, mask).pred_boxes).abs().max() < 1e-4  # the same work
-    return torch.no_grad()(lambda: ours(pixels, None)), torch.no_grad()(lambda: theirs(pixels, mask))
+    pixels, mask = torch.randn(1, 3, height, width).to(ON["device"]), torch.ones(1, height, width).to(ON["device"])
+    pair = [torch.no_grad()(autocast()(run)) for run in (lambda: ours(pixels, None), lambda: theirs(pixels, mask))]
+    assert (pair[0]().boxes[-1] - pair[1]().pred_boxes).abs().max() < (0.1 if ON["bf16"] else 1e-4)  # the same work
+    return tuple(pair)
+
+
+def reading(folder: Path, short_side: int, count: int, train: bool = False, workers: int = 0) -> Pair:
+    "Decode, transform and normalise photographs; beside PIL and torchvision, which do what the original does."
+    (longest,) = scaled_lengths(short_side / 800, 1333)
+    dataset = open_coco(folder, "train" if train else "val", transform=paper_transform(train, short_side / 800))
+    dataset = dataset.subset(range(min(count, len(dataset))))
+    files = [dataset.folder / dataset.index.images.names.item(row).decode() for row in dataset.rows.tolist()]
+    if train:
+        loader = make_loader(dataset, batch_size=2, num_workers=workers)
+        return lambda: [batch.images.shape for batch in loader], None
+
+    def theirs() -> list[torch.Tensor]:
+        found = []
+        for file in files:
+            image = Image.open(file).convert("RGB")
+            image = image.resize(output_size(*image.size, short_side, longest), Image.Resampling.BILINEAR)
+            found.append(TF.normalize(TF.to_tensor(image), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+        return found
+
+    ours = lambda: [collate([dataset[index]]).images[0] for index in range(len(files))]  # noqa: E731
+    for a, b in zip(ours(), theirs()):  # the same work, but for a grey level here and there
+        assert a.shape == b.shape and (a - b).abs().mean() < 0.1
+    return ours, theirs
 
 
 def scoring(images: int, folder: Path) -> Pair:
@@ -145,29 +219,48 @@ def scoring(images: int, folder: Path) -> Pair:
     return by("faster_coco_eval"), by("pycocotools")
 
 
-def scenarios(smoke: bool, folder: Path) -> Iterator[tuple[str, str, Callable[[], Pair], int]]:
+def scenarios(smoke: bool, folder: Path, photos: Path | None) -> Iterator[tuple[str, str, Callable[[], Pair], int]]:
     "Name, peer, what makes the pair, and how often it runs."
     for problem in ((2, 8),) if smoke else ((16, 40), (8, 20), (2, 8)):
         yield "criterion, {} images of {} objects".format(*problem), "transformers", partial(criterion, *problem), 40
     step, size, count = ((64, 96, 1), (64, 96), 20) if smoke else ((384, 512, 2), (800, 1066), 5000)
     yield "training step, R50, {}x{}, batch {}".format(*step), "transformers", partial(training_step, *step), 6
+    yield "training step, embedded model", "", partial(embedded_step, 2 if smoke else 32), 10
     yield "inference, R50, {}x{}, batch 1".format(*size), "transformers", partial(inference, *size), 6
+    if ON["device"].type != "cpu":
+        return
     yield f"scoring {count} images", "pycocotools", partial(scoring, count, folder / f"bench_{count}"), 3
+    yield "memory of a training step, R50, MB", "transformers", partial(memory, *step), 2
+    programs = "from detr_nb import DETR", "from transformers import DetrForObjectDetection"
+    yield "import of a model's class", "transformers", partial(start_up, *programs), 5
+    help_ = "import runpy, sys; sys.argv[1:] = ['--help']; runpy.run_module('detr_nb.train', run_name='__main__')"
+    yield "train --help", "", partial(start_up, help_), 5
+    for side in (800, 160) if photos else ():
+        yield f"validation images, short side {side}", "PIL, torchvision", partial(reading, photos, side, 20), 3
+        for workers in (0, 2):
+            yield (f"training images, short side {side}, {workers} workers", "",
+                   partial(reading, photos, side, 20, True, workers), 3)
 
 
 def compare(pair: Pair, repeats: int) -> dict[str, float]:
-    "Median milliseconds of both, and the ratio with its middle half."
-    times: list[list[float]] = [[], []]
+    "Median milliseconds of both, or of what they return as a number, and the ratio with its middle half."
+    sides = [run for run in pair if run]
+    times: list[list[float]] = [[] for _ in sides]
     for turn in range(repeats + 1):  # the first turn warms up
-        for place, run in enumerate(pair):
+        for place, run in enumerate(sides):
             began = time.perf_counter()
-            run()
+            found = run()
+            if ON["device"].type == "cuda":
+                torch.cuda.synchronize()
             if turn or repeats == 0:
-                times[place].append(1000 * (time.perf_counter() - began))
-    ratios = sorted(theirs / ours for ours, theirs in zip(*times))
-    low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75]).tolist()
-    return {"ours_ms": statistics.median(times[0]), "theirs_ms": statistics.median(times[1]), "ratio": middle,
-            "low": low, "high": high}
+                spent = 1000 * (time.perf_counter() - began)
+                times[place].append(found if isinstance(found, float) else spent)
+    result = {"ours": statistics.median(times[0])}
+    if len(sides) == 2:
+        ratios = sorted(theirs / ours for ours, theirs in zip(*times))
+        low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75]).tolist()
+        result |= {"theirs": statistics.median(times[1]), "ratio": middle, "low": low, "high": high}
+    return result
 
 
 def main() -> None:
@@ -176,20 +269,24 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--data", type=Path, default=Path("data"), help="where a set is drawn for the scoring")
+    parser.add_argument("--photos", type=Path, default=os.environ.get("PHOTOS"), help="a data set in COCO's layout")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--output", type=Path, help="a folder for bench.md and bench.json; left out nothing is written")
     given = parser.parse_args()
+    ON.update(device=given.device, bf16=given.bf16)
     warnings.simplefilter("ignore")
     names = ("torch", "torchvision", "transformers", "pycocotools", "faster-coco-eval", "numpy", "scipy")
     machine = {"date": date.today().isoformat(), "processor": platform.processor() or platform.machine(),
-               "threads": torch.get_num_threads(), "device": "cpu", **{name: version(name) for name in names}}
-    lines = ["| scenario | ours, ms | peer | its ms | ratio | middle half |", "| --- | --- | --- | --- | --- | --- |"]
-    found = []
-    for name, peer, make, repeats in scenarios(given.smoke, given.data):
+               "device": str(given.device), "threads": torch.get_num_threads(), "bf16": given.bf16,
+               **{name: version(name) for name in names}}
+    lines, found = ["| scenario | ours, ms or as named | peer | its | ratio | middle half |", "| --- " * 6 + "|"], []
+    for name, peer, make, repeats in scenarios(given.smoke, given.data, given.photos):
         if given.only in name:
             numbers = compare(make(), 0 if given.smoke else repeats)
             found.append({"scenario": name, "peer": peer, **numbers})
-            lines.append("| {} | {ours_ms:.1f} | {} | {theirs_ms:.1f} | {ratio:.2f} | {low:.2f} to {high:.2f} |".format(
-                name, peer, **numbers))
+            row = "| {} | {ours:.1f} | {} | {theirs:.1f} | {ratio:.2f} | {low:.2f} to {high:.2f} |"
+            lines.append((row if peer else "| {} | {ours:.1f} | {} | | | |").format(name, peer, **numbers))
             print(lines[-1], flush=True)
     lines.append("\n" + ", ".join(f"{key} {value}" for key, value in machine.items()))
     if given.output:

@@ -5,10 +5,12 @@ __all__ = ['FrozenBatchNorm2d', 'group_norm', 'WeightsError', 'Features', 'Backb
            'build_backbone']
 
 # %% ../nbs/10_backbone.ipynb #c764e913
+import math
 import re
 import warnings
 from collections import OrderedDict
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +24,12 @@ from .batching import IMAGENET_MEAN, IMAGENET_STD, renormalize
 from .distributed import UserError
 
 # %% ../nbs/10_backbone.ipynb #5205ba5f
+def _scale_and_shift(norm: nn.Module) -> tuple[Float[Tensor, "D"], Float[Tensor, "D"]]:
+    "What a frozen norm multiplies with, and what it adds."
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale, norm.bias - norm.running_mean * scale
+
+
 class FrozenBatchNorm2d(nn.Module):
     "Batch norm with statistics and parameters that never change: one multiplication and one addition per channel."
 
@@ -35,14 +43,44 @@ class FrozenBatchNorm2d(nn.Module):
 
     def forward(self, x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B D H W"]:
         "What `nn.BatchNorm2d` gives in evaluation mode, but the input is not kept for the backward pass."
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        shift = self.bias - self.running_mean * scale
-        return torch.addcmul(shift.to(x.dtype)[:, None, None], x, scale.to(x.dtype)[:, None, None])
+        scale, shift = (constant.to(x.dtype)[:, None, None] for constant in _scale_and_shift(self))
+        return torch.addcmul(shift, x, scale)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        "Accept a batch norm's state: its count of training batches means nothing here."
-        state_dict.pop(prefix + "num_batches_tracked", None)
+        state_dict.pop(prefix + "num_batches_tracked", None)  # of a batch norm's state: it means nothing here
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+# %% ../nbs/10_backbone.ipynb #10fold02
+class _NormedConv2d(nn.Conv2d):
+    "A convolution that does the work of the frozen norm after it, too: scale in the weight, shift as bias."
+    norm: tuple[nn.Module, ...] = ()  # one, or none; in a tuple it is no child, and no name changes
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        fewer = torch.compiler.is_compiling() or weight[0].numel() * math.prod(self.stride) < x[:, 0].numel()
+        for norm in self.norm if fewer else ():  # weights than numbers in the map
+            scale, bias = _scale_and_shift(norm)
+            weight = weight * scale[:, None, None, None]
+        x = super()._conv_forward(x, weight, bias)
+        return x if fewer or not self.norm else FrozenBatchNorm2d.forward(self.norm[0], x)
+
+
+class _FoldedNorm(FrozenBatchNorm2d):
+    "A frozen norm whose work the convolution before it does; timm's norms hold an activation, which is still theirs."
+
+    def forward(self, x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B D H W"]:
+        return self.act(self.drop(x)) if hasattr(self, "act") else x
+
+
+def _fold_norms(body: nn.Module, asked: tuple[str, ...] = ()) -> nn.Module:
+    "Join convolutions without bias and the frozen norms right after them, but where a name in `asked` wants the map."
+    kept = [module for name, module in body.named_modules() if name in asked]
+    for module in body.modules():
+        for conv, norm in pairwise(module.children()):
+            frozen = type(norm).__name__ in ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")  # ours, or timm's
+            kind = {nn.Conv2d: _NormedConv2d}.get(type(conv), type(conv))  # timm has convolutions of other kinds
+            if frozen and issubclass(kind, _NormedConv2d) and conv.bias is None and conv not in kept:
+                conv.__class__, conv.norm, norm.__class__ = kind, (norm,), _FoldedNorm
+    return body
 
 # %% ../nbs/10_backbone.ipynb #a88d62e9
 def group_norm(channels: int, groups: int = 32) -> nn.GroupNorm:
@@ -77,7 +115,7 @@ def _resnet_body(
     resnet = getattr(torchvision.models, name)(weights=None, norm_layer=_NORMS[norm])
     if dilation:
         _dilate_last_stage(resnet.layer4)
-    return nn.Sequential(OrderedDict(list(resnet.named_children())[:-2]))
+    return _fold_norms(nn.Sequential(OrderedDict(list(resnet.named_children())[:-2])))
 
 # %% ../nbs/10_backbone.ipynb #e5695267
 class WeightsError(UserError):
@@ -291,11 +329,10 @@ class TimmBackbone(nn.Module):
         return Features(tuple(maps), _shrink_padding(padding, maps[-1].shape[-2:]))
 
 # %% ../nbs/10_backbone.ipynb #997d31f1
-class _EvenConv2d(nn.Conv2d):
-    "A strided convolution, padded as TensorFlow pads maps with even sides: so its output's size is simple to export."
+class _EvenConv2d(_NormedConv2d):
+    "A strided convolution, padded as TensorFlow pads maps with even sides: less than half of it left and above."
 
-    def forward(self, maps: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
-        "Less than half of the padding lies at the left and above."
+    def forward(self, maps: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:  # of a size that is simple to export
         pads = [size - step for size, step in zip(self.kernel_size, self.stride)]
         return super().forward(F.pad(maps, [part for pad in pads[::-1] for part in (pad // 2, pad - pad // 2)]))
 
@@ -326,7 +363,8 @@ def _timm_network(name: str, pretrained: bool | None, norm: str, dilation: bool)
         whole = timm.create_model(network).state_dict()  # of the same order as the package's, which has other names
         named = dict(zip(whole, weights.values(), strict=True))
         body.load_state_dict({key: named[key.removeprefix("model.")] for key in body.state_dict()})
-    return timm.layers.freeze_batch_norm_2d(body) if norm == "frozen" else body
+    asked = tuple(body.feature_info.module_name())
+    return _fold_norms(timm.layers.freeze_batch_norm_2d(body), asked) if norm == "frozen" else body
 
 
 _LITE = re.compile(r"tf_efficientnet_lite([0-2])(\.in1k)?")  # without tf_ it is another network, of other weights

@@ -225,7 +225,7 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     groups, settings = _parameter_groups(model, config), config.optimizer
     if settings.optimizer == "muon":
         return Muon(groups, lr=settings.lr, weight_decay=settings.weight_decay)
-    return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)  # in one pass
 
 # %% ../nbs/28_engine.ipynb #b01ce31d
 def rate_factor(

@@ -6,16 +6,21 @@ from pathlib import Path
 
 import pytest
 
+from detr_nb.shapes_set import write_shapes
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_every_scenario_runs_once(tmp_path):
     pytest.importorskip("transformers")
-    command = [sys.executable, "benchmarks/bench.py", "--smoke", "--data", tmp_path, "--output", tmp_path]
+    photos = write_shapes(tmp_path / "photos", num_train=4, num_val=2, num_workers=1)
+    command = [sys.executable, "benchmarks/bench.py", "--smoke", "--data", tmp_path, "--output", tmp_path,
+               "--photos", photos]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "bench.json").read_text())
-    assert len(found["scenarios"]) == len(done.stdout.splitlines()) == 4
+    assert len(found["scenarios"]) == len(done.stdout.splitlines()) == 14
     for scenario in found["scenarios"]:
-        assert 0 < scenario["ours_ms"] and 0 < scenario["low"] <= scenario["ratio"] <= scenario["high"]
+        assert 0 < scenario["ours"] and bool(scenario["peer"]) == ("ratio" in scenario)
+        assert not scenario["peer"] or 0 < scenario["low"] <= scenario["ratio"] <= scenario["high"]
     assert found["machine"]["threads"] >= 1 and "torch" in (tmp_path / "bench.md").read_text()

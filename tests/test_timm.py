@@ -66,6 +66,25 @@ def test_the_resnet_of_timm_is_ours():
         assert (a - b).abs().max() < 1e-5 * b.abs().max()
 
 
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "resnetv2_18", "ghostnet_100", "densenet121", "regnety_002"])
+def test_norms_in_the_convolutions_give_the_maps_of_norms_after_them(name, monkeypatch):
+    "Also where a norm comes first, or after two maps were joined, or where a map is asked for before its norm."
+    torch.manual_seed(0)
+    folded = build_backbone(f"timm/{name}").eval().double()
+    assert any(hasattr(part, "norm") and part.norm for part in folded.modules() if isinstance(part, torch.nn.Conv2d))
+    with monkeypatch.context() as patch:
+        patch.setattr("detr_nb.backbone._fold_norms", lambda body, *asked: body)
+        plain = build_backbone(f"timm/{name}").eval().double()
+    for buffers in (part for part in plain.modules() if hasattr(part, "running_var")):
+        buffers.weight.uniform_(0.5, 1.5), buffers.running_var.uniform_(0.5, 2)
+        buffers.bias.normal_(std=0.2), buffers.running_mean.normal_(std=0.2)
+    folded.load_state_dict(plain.state_dict())
+    images = some_images((64, 96))[0].double()
+    with torch.no_grad():
+        for a, b in zip(folded(images).maps, plain(images).maps, strict=True):
+            assert (a - b).abs().max() < 1e-9 * b.abs().max()
+
+
 def test_dilation_halves_the_stride_of_the_last_map():
     for name in ("resnet18", "tf_efficientnet_lite0"):
         backbone = build_backbone(f"timm/{name}", dilation=True).eval()
