@@ -29,7 +29,7 @@ RUN_TESTS = MPLBACKEND=agg OMP_NUM_THREADS=$(THREADS) PATH="$(abspath $(BIN)):$$
 
 SETTING ?=
 
-.PHONY: help env train test test-slow test-machines test-book book bench lint export check clean constraints
+.PHONY: help env train test test-slow test-machines test-book book bench race lint export check clean constraints
 
 help: ## this list
 	@echo "detr_nb: a DETR you read, run and train"
@@ -70,6 +70,9 @@ test-machines: env ## run what another machine could fail, in settings like thos
 
 bench: env ## our speed beside other implementations: prints a table and writes nbs/bench.md and nbs/bench.json
 	@PATH="$(abspath $(BIN)):$$PATH" python benchmarks/bench.py --output nbs
+
+race: env runs/shapes/predictions.png ## what each idea after DETR gives: hours; ARGS="--epochs 1 --limit_val 250" for minutes
+	@PATH="$(abspath $(BIN)):$$PATH" python benchmarks/race.py $(ARGS)
 
 # The runs that slow cells read. Their last act is a picture, so who has it has come to the end.
 runs/shapes/predictions.png: | env

@@ -135,7 +135,7 @@ class ConditionalDecoder(nn.Module):
     ) -> tuple[Float[Tensor, "L B Q D"], Float[Tensor, "L B Q 4"]]:  # and what is added to boxes before the sigmoid
         "What the queries have found after each layer; they begin with nothing."
         raw = self.ref_point_head(queries)
-        named = queries.expand(len(memory), -1, -1)
+        named = queries.expand(memory.shape[0], -1, -1)
         code = box_code(raw.sigmoid(), self.width // 2).expand_as(named)
         slots, found = torch.zeros_like(named), []
         for index, layer in enumerate(self.layers):
@@ -165,9 +165,9 @@ class AnchorDecoder(ConditionalDecoder):
         near: Callable | None = None,  # what a later chapter makes of `keep`, for a layer's number, boxes and slots
     ) -> tuple[Float[Tensor, "L B Q D"], Float[Tensor, "L B Q 4"]]:
         "Boxes are logits of shares; a layer's gradient moves the box before it, and none further back."
-        half, raw = self.width // 2, anchors.expand(len(memory), -1, -1)
+        half, raw = self.width // 2, anchors.expand(memory.shape[0], -1, -1)
         slots = raw.new_zeros(raw.shape[1], self.width) if content is None else content
-        slots, found, references = slots.expand(len(memory), -1, -1), [], [raw]
+        slots, found, references = slots.expand(memory.shape[0], -1, -1), [], [raw]
         for index, layer in enumerate(self.layers):
             boxes = raw.sigmoid()
             code = box_code(boxes, half)

@@ -31,7 +31,7 @@ class GroupedAttention(MultiHeadAttention):
     ) -> Float[Tensor, "B KQ D"]:
         "As for one group, in each of them; queries and keys are the same."
         groups = queries.shape[1] // self.size
-        named, images = fold(queries, groups), len(queries)
+        named, images = fold(queries, groups), queries.shape[0]
         return super().forward(named, named, fold(values, groups)).unflatten(0, (images, groups)).flatten(1, 2)
 
 # %% ../nbs/41_groups.ipynb #b035c3d4

@@ -43,13 +43,13 @@ class ProposalDETR(NearbyDETR):
     def begin(
         self, memory: Float[Tensor, "B S D"], projected: Float[Tensor, "B D h w"], padding: Bool[Tensor, "B h w"] | None
     ) -> Beginning:
-        "As in `AnchorDETR`; the boxes are those of the surest cells, again and again where there are too few cells."
+        "As in `AnchorDETR`; the boxes are those of the surest cells, the last one again where there are too few."
         first = super().begin(memory, projected, padding)
         if not self.two_stage:
             return first
         logits, boxes = self.propose(memory, projected, padding)
         surest = logits.detach().amax(-1).argsort(dim=1, descending=True)
-        place = torch.arange(self.num_queries, device=surest.device) % surest.shape[1]
+        place = torch.arange(self.num_queries, device=surest.device).clamp(max=surest.shape[1] - 1)
         chosen = surest[:, place].repeat(1, first.groups)
         anchors = boxes.detach().gather(1, chosen[..., None].expand(-1, -1, 4))
         proposals = Predictions(logits[None], boxes.sigmoid()[None], sigmoid=True)

@@ -80,6 +80,14 @@ COMPONENTS = {
     "COCO metrics": Component("absolute", {"": 0}, ("pycocotools",)),
     "exported program": Component("absolute", {"": 1e-5}, ("torch",)),
     "ONNX, logits and boxes": Component("absolute", {"": 1e-4}, ("onnxruntime",)),
+    **{f"{model}, {what}": Component(measure, {"float64": 1e-10}, ("transformers",))
+       for model in ("conditional", "dab") for what, measure in (
+           ("logits and boxes", "absolute"), ("losses", "relative"), ("gradient of all weights", "norm"))},
+    **{f"class_loss {name}": Component("relative", {"float64": 1e-10}, ("transformers",))
+       for name in ("focal", "ia_bce", "vfl", "mal")},
+    "groups, pairs that differ": Component("absolute", {"float64": 0}, ("transformers",)),
+    "groups, losses": Component("relative", {"float64": 1e-10}, ("plain torch",)),
+    "box_bias, attention": Component("absolute", {"float64": 1e-10}, ("plain torch",)),
 }
 COLUMNS = ("component", "reference", "float32, absolute", "float32, relative", "float64, absolute", "float64, relative",
            "promised")

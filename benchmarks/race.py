@@ -1,0 +1,79 @@
+"""What each idea after DETR gives on the embedded set: `make race` writes nbs/race.json, which chapter 45 draws.
+
+    python benchmarks/race.py                            # all variants, 14 epochs each: overnight
+    python benchmarks/race.py --epochs 1 --limit_val 250 # the short form
+    python benchmarks/race.py --only "DETR" --seeds 1 2  # some of them, several seeds
+
+All variants begin with the same backbone, which has learned its cells once, and see the same images in the same order.
+"""
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SIGMOID = "--class_loss ia_bce --cls_loss_coef 2 --set_cost_class 2 --bbox_loss_coef 5 --giou_loss_coef 2"
+FASTER = "--lr 1e-3 --lr_backbone 1e-3 --lr_muon 0.02"
+VARIANTS = {  # each adds one idea to the one before
+    "DETR": "",
+    "anchors": "--decoder dab",
+    "anchors, IA-BCE": f"--decoder dab {SIGMOID} {FASTER}",
+    "anchors, IA-BCE, bias": f"--decoder dab {SIGMOID} {FASTER} --box_bias rpb",
+    "anchors, IA-BCE, bias, proposals": f"--decoder dab {SIGMOID} {FASTER} --box_bias rpb --two_stage "
+                                        "--repeat_targets 4",
+    "and three groups": f"--decoder dab {SIGMOID} {FASTER} --box_bias rpb --two_stage --repeat_targets 4 "
+                        "--query_groups 3",
+}
+
+
+def run(flags: str, folder: Path, backbone: Path, options: argparse.Namespace, seed: int) -> list[dict]:
+    "Train one variant; returns steps and scores of each evaluation, and the processor's seconds for the whole run."
+    command = [sys.executable, "-m", "detr_nb.train", *flags.split(), "--resume", backbone, "--output_dir", folder,
+               "--epochs", options.epochs, "--eval_every", 1, "--limit_val", options.limit_val, "--seed", seed,
+               "--report_to", "none", "--shapes_path", options.shapes_path]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(list(map(str, command)), check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    steps = sum(1 for line in lines if "epoch" in line)
+    last = json.loads((folder / "steps.jsonl").read_text().splitlines()[-1])["step"]
+    per_epoch = -(-(last + 1) // steps)
+    return [{"steps": per_epoch * (line["epoch"] + 1), "AP": line["test_coco_eval_bbox"][0],
+             "AP50": line["test_coco_eval_bbox"][1], "class_error": line["train_class_error"], "cpu_seconds": round(spent)}
+            for line in lines]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=14)
+    parser.add_argument("--limit_val", type=int, default=0, help="validation images, 0: all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42])
+    parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--backbone", type=Path, default=ROOT / "runs/shapes/backbone.pth")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs/race")
+    parser.add_argument("--shapes_path", type=Path, default=ROOT / "data/shapes")
+    parser.add_argument("--output", type=Path, default=ROOT / "nbs/race.json")
+    options = parser.parse_args()
+    if not options.backbone.exists():
+        sys.exit(f"{options.backbone} is not there: `make train ARGS='--output_dir runs/shapes'` makes it, or name "
+                 "another run's with --backbone")
+    found = {"date": str(date.today()), "torch": version("torch"), "threads": torch.get_num_threads(),
+             "epochs": options.epochs, "validation_images": options.limit_val or 1000, "runs": {}}
+    for name in options.only:
+        for seed in options.seeds:
+            folder = options.folder / f"{name.replace(', ', '_').replace(' ', '_')}_{seed}"
+            found["runs"].setdefault(name, []).append(run(VARIANTS[name], folder, options.backbone, options, seed))
+            options.output.write_text(json.dumps(found, indent=1) + "\n")
+            print(f"{name}, seed {seed}: AP {found['runs'][name][-1][-1]['AP']:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,337 @@
+"What came after DETR, against independent implementations, and through every command."
+import re
+from itertools import product
+
+import ledger as ledgers
+import pytest
+import torch
+import torch.nn.functional as F
+from child import Child, clean_environ
+from test_parity import list_targets, make_targets
+from test_train import ROOT, steps, together
+from test_train import SMALL as SMALL_RUN
+from torch import Tensor, nn
+
+from detr_nb.backbone import Features
+from detr_nb.config import PRESETS
+from detr_nb.criterion import SetCriterion
+from detr_nb.detr import DETR, Predictions, build_detr
+from detr_nb.distributed import UserError
+from detr_nb.engine import build_criterion, build_model
+from detr_nb.export import OnnxDETR, export_onnx
+from detr_nb.family import family_criterion
+from detr_nb.focal import SigmoidCriterion
+from detr_nb.groups import apart
+from detr_nb.matcher import match
+from detr_nb.pretrained import load_detector
+from detr_nb.shapes_set import write_shapes
+
+transformers = pytest.importorskip("transformers")
+IMAGES, CLASSES, QUERIES = (2, 3, 64, 96), 5, 7
+
+
+# Names of transformers' conditional and DAB models, and ours, which are the released ones but for `query_embed`.
+NAMES = [
+    (r"^model\.query_(refpoint|position)_embeddings\.", "query_embed."), (r"^model\.input_projection\.", "input_proj."),
+    (r"^class_labels_classifier\.", "class_embed."), (r"^(bbox_predictor|model\.decoder\.bbox_embed)\.", "bbox_embed."),
+    (r"^model\.(encoder|decoder)\.", r"transformer.\1."), (r"\.layernorm\.", ".norm."),
+    (r"\.(self|cross)_attn\.(self|cross)_attn\.output_proj\.", r".\1_attn.out_proj."),
+    (r"\.(self|cross)_attn\.(self|cross)_attn_(?!layer)", r".\1_attn."), (r"\.encoder_attn\.", ".cross_attn."),
+    (r"\.o_proj\.", ".out_proj."), (r"_query_", "_q_"), (r"\.cross_attn\.query_", ".cross_attn.q_"),
+    (r"\.self_attn\.query_", ".self_attn.q_"), (r"_attn\.key_", "_attn.k_"), (r"_attn\.value_", "_attn.v_"),
+    (r"(decoder.*)\.self_attn\.(q|k)_(content|pos)_proj", r"\1.sa_\2\3_proj"),
+    (r"(decoder.*)\.self_attn\.v_proj", r"\1.sa_v_proj"),
+    (r"\.cross_attn\.(q|k)_(content|pos_sine|pos)_proj", r".ca_\1\2_proj"), (r"\.cross_attn\.v_proj", ".ca_v_proj"),
+    (r"\.(self_attn\.)?self_attn_layer_norm\.", ".norm1."),
+    (r"\.(cross_attn\.cross_attn|encoder_attn|cross_attn)_layer_norm\.", ".norm2."),
+    (r"(decoder.*?)(\.mlp)?\.final_layer_norm\.", r"\1.norm3."), (r"\.final_layer_norm\.", ".norm2."),
+    (r"\.(mlp\.)?fc([12])\.", r".linear\2."), (r"\.(mlp\.)?activation_fn\.", ".activation."),
+]
+
+
+def our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    "Their weights under our names; the three matrices of the encoder's attention in one."
+    renamed, parts = {}, {}
+    for name, tensor in state.items():
+        if name.startswith("model.backbone."):
+            continue
+        for pattern, replacement in NAMES:
+            name = re.sub(pattern, replacement, name)
+        if found := re.fullmatch(r"(.*encoder.*self_attn)\.([qkv])_proj\.(\w+)", name):
+            parts.setdefault(f"{found[1]}.in_proj_{found[3]}", {})[found[2]] = tensor
+        else:
+            renamed[name] = tensor
+    return renamed | {name: torch.cat([found[letter] for letter in "qkv"]) for name, found in parts.items()}
+
+
+class FromTransformers(nn.Module):
+    "Their backbone, as ours."
+    num_channels, stride = 128, 32
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.net = backbone
+
+    def forward(self, images: Tensor, padding: Tensor | None = None) -> Features:
+        mask = torch.ones(len(images), *images.shape[2:]) if padding is None else (~padding).long()
+        found = self.net(images, mask)
+        last = (found[0] if isinstance(found[0], list) else found)[-1]
+        return Features((last[0],), None if padding is None else ~last[1].bool())
+
+
+@pytest.fixture
+def in_float64(monkeypatch):
+    "Also what transformers makes anew, and the attention that its DAB rounds to float32."
+    torch.set_default_dtype(torch.float64)
+    softmax = F.softmax
+    monkeypatch.setattr(F, "softmax", lambda x, dim=-1, dtype=None, **other: softmax(x, dim=dim, **other))
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def build_pair(kind: str) -> tuple[DETR, nn.Module]:
+    "Ours and theirs with the same weights."
+    resnet = transformers.ResNetConfig(embedding_size=16, hidden_sizes=[16, 32, 64, 128], depths=[1, 1, 1, 1],
+                                       layer_type="basic", out_features=["stage4"])
+    size = {"hidden_size" if kind == "dab" else "d_model": 32}
+    config = dict(backbone_config=resnet, encoder_layers=1, decoder_layers=3, encoder_attention_heads=4,
+                  decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, num_queries=QUERIES,
+                  num_labels=CLASSES, **size)
+    torch.manual_seed(0)
+    name = {"dab": "DabDetr", "conditional": "ConditionalDetr"}[kind]
+    theirs = getattr(transformers, f"{name}ForObjectDetection")(getattr(transformers, f"{name}Config")(**config)).eval()
+    for parameter in theirs.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape)
+    ours = build_detr(CLASSES, FromTransformers(theirs.model.backbone), temperature=20 if kind == "dab" else 10000,
+                      hidden_dim=32, nheads=4, enc_layers=1, dec_layers=3, dim_feedforward=64, dropout=0.0,
+                      num_queries=QUERIES, decoder=kind, class_loss="focal").eval()
+    missing = ours.load_state_dict(our_names(theirs.state_dict()), strict=False)
+    assert not missing.unexpected_keys and all(name.startswith("backbone.") for name in missing.missing_keys)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
+@pytest.mark.parametrize("kind", ["conditional", "dab"])
+def test_equals_transformers_forward_losses_and_gradients(ledger, in_float64, monkeypatch, kind, padded):
+    ours, theirs = build_pair(kind)
+    if kind == "dab":  # whose waves have a length in float32
+        from transformers.models.dab_detr import modeling_dab_detr as module
+        monkeypatch.setattr(module, "encode_sinusoidal_position_embedding", sine_in_float64)
+        monkeypatch.setattr(module.DabDetrSinePositionEmbedding, "forward", cells_in_float64)
+    images, padding = torch.rand(IMAGES), torch.zeros(2, *IMAGES[2:], dtype=torch.bool)
+    padding[1, :, 64:], padding[1, 32:] = padded, padded
+    targets = make_targets([3, 1], torch.float64, CLASSES)
+    answer = ours(images, padding if padded else None)
+    found = theirs(pixel_values=images, pixel_mask=(~padding).long(), labels=list_targets(targets, "class_labels"))
+    reference = ledgers.TRANSFORMERS
+    ledger.compare(f"{kind}, logits and boxes", [answer.logits[-1], answer.boxes[-1]],
+                   [found.logits, found.pred_boxes], reference)
+    criterion = SigmoidCriterion(CLASSES, set_cost_class=2, cls_loss_coef=1)  # theirs ignores its coefficient of 2
+    losses = criterion(answer.last_layer(), targets)
+    names = ("loss_ce", "loss_bbox", "loss_giou")
+    ledger.compare(f"{kind}, losses", torch.stack([losses[name] for name in names]),
+                   torch.stack([found.loss_dict[name] for name in names]), reference)
+    total = sum(weight * found.loss_dict[name] for name, weight in zip(names, (1, 5, 2)))
+    mine = dict(ours.named_parameters())
+    their = our_names(dict(theirs.named_parameters()))
+    their = {name: tensor for name, tensor in their.items() if name in mine and mine[name].requires_grad}
+    total.backward()
+    criterion.total(losses).backward()
+    gradients = our_names({name: p.grad for name, p in theirs.named_parameters() if p.grad is not None})
+    assert gradients.keys() == {name for name, p in mine.items() if p.grad is not None and "backbone" not in name}
+    ledger.compare(f"{kind}, gradient of all weights", torch.cat([mine[name].grad.flatten() for name in gradients]),
+                   torch.cat([gradient.flatten() for gradient in gradients.values()]), reference)
+
+
+def sine_in_float64(places: Tensor, num_pos_feats: int = 128, temperature: float = 10000) -> Tensor:
+    "Plain torch: y first, sines and cosines in turn."
+    waves = temperature ** (2 * torch.div(torch.arange(num_pos_feats), 2, rounding_mode="floor") / num_pos_feats)
+    codes = []
+    for number in [1, 0, 2, 3][: places.shape[-1]]:
+        angle = places[..., [number]] * 2 * torch.pi / waves
+        codes.append(torch.stack([angle[..., ::2].sin(), angle[..., 1::2].cos()], -1).flatten(-2))
+    return torch.cat(codes, -1)
+
+
+def cells_in_float64(module: nn.Module, images: Tensor, real: Tensor) -> Tensor:
+    "Each cell's place in its own image, and the sines of it."
+    x, y = real.cumsum(2, dtype=torch.float64), real.cumsum(1, dtype=torch.float64)
+    places = torch.stack([x / (x[:, :, -1:] + 1e-6), y / (y[:, -1:] + 1e-6)], -1)
+    return sine_in_float64(places, int(module.embedding_dim), module.temperature_width).permute(0, 3, 1, 2)
+
+
+def random_answers(groups: int = 1, queries: int = QUERIES, layers: int = 1) -> Predictions:
+    generator = torch.Generator().manual_seed(3)
+    shape = layers, 2, groups * queries
+    boxes = 0.2 + 0.5 * torch.rand(*shape, 4, generator=generator)
+    return Predictions(torch.randn(*shape, CLASSES, generator=generator), boxes, sigmoid=True, groups=groups)
+
+
+def pairs_of(predictions: Predictions, targets, criterion: SetCriterion) -> list[tuple[Tensor, Tensor]]:
+    "The criterion's matches as transformers lists them: for each image queries and objects."
+    found = match(predictions, targets, *criterion.costs, predictions.logits, criterion.class_cost)
+    first = torch.cat([torch.zeros(1, dtype=torch.int64), targets.counts.cumsum(0)])
+    return [(found.query[found.image == image], found.target[found.image == image] - first[image])
+            for image in range(len(targets.counts))]
+
+
+@pytest.mark.parametrize("name", ["focal", "ia_bce", "vfl", "mal"])
+def test_class_losses_equal_transformers(ledger, in_float64, name):
+    from transformers.loss import loss_deformable_detr, loss_deimv2, loss_lw_detr, loss_rt_detr
+
+    theirs = {"focal": loss_deformable_detr.DeformableDetrImageLoss, "ia_bce": loss_lw_detr.LwDetrImageLoss,
+              "vfl": loss_rt_detr.RTDetrLoss, "mal": loss_deimv2.Deimv2Loss}[name]
+    loss = theirs.__new__(theirs)
+    nn.Module.__init__(loss)
+    loss.num_classes, loss.focal_alpha, loss.alpha, loss.mal_alpha = CLASSES, 0.25, 0.75, None
+    loss.gamma = 1.5 if name == "mal" else 2.0
+    targets, predictions = make_targets([3, 1], torch.float64, CLASSES), random_answers()
+    criterion = SigmoidCriterion(CLASSES, class_loss=name)
+    pairs = pairs_of(predictions, targets, criterion)
+    logits = predictions.logits.clone().requires_grad_()
+    ours = criterion(predictions._replace(logits=logits), targets)["loss_ce"]
+    (mine,) = torch.autograd.grad(ours, logits)
+    outputs = {"logits": logits[0], "pred_boxes": predictions.boxes[0]}
+    compute = getattr(loss, {"vfl": "loss_labels_vfl", "mal": "loss_labels_mal"}.get(name, "loss_labels"))
+    (found,) = compute(outputs, list_targets(targets, "class_labels"), pairs, 4).values()
+    (other,) = torch.autograd.grad(found, logits)
+    ledger.compare(f"class_loss {name}", [ours, mine], [found, other], ledgers.TRANSFORMERS)
+
+
+def test_groups_are_matched_as_in_transformers(ledger, in_float64):
+    from transformers.loss.loss_lw_detr import LwDetrHungarianMatcher
+
+    targets, predictions = make_targets([3, 2], torch.float64, CLASSES), random_answers(groups=4)
+    matcher = LwDetrHungarianMatcher(class_cost=2, bbox_cost=5, giou_cost=2)
+    found = matcher({"logits": predictions.logits[0], "pred_boxes": predictions.boxes[0]},
+                    list_targets(targets, "class_labels"), 4)
+    theirs = {(image, int(q), int(t)) for image, pair in enumerate(found) for q, t in zip(*pair)}
+    ours = match(apart(predictions), targets, 2, 5, 2, apart(predictions).logits, SigmoidCriterion.class_cost)
+    first = [0, 3]
+    mine = {(int(i), int(g * QUERIES + q), int(t) - first[i])
+            for g, i, q, t in zip(ours.layer, ours.image, ours.query, ours.target)}
+    ledger.compare("groups, pairs that differ", torch.tensor(float(len(mine ^ theirs))), torch.tensor(0.0),
+                   ledgers.TRANSFORMERS)
+
+
+def test_the_loss_of_groups_is_the_mean_of_their_losses(ledger, in_float64):
+    targets, predictions = make_targets([3, 2], torch.float64, CLASSES), random_answers(groups=3, layers=2)
+    ours = family_criterion(SetCriterion, "ia_bce", 1, num_classes=CLASSES)(predictions, targets)
+    parts = zip(*(x.split(QUERIES, dim=2) for x in predictions[:2]))
+    each = [SigmoidCriterion(CLASSES, class_loss="ia_bce")(Predictions(*part), targets) for part in parts]
+    for name in ("loss_ce", "loss_bbox_0", "loss_giou"):
+        mean = torch.stack([losses[name] for losses in each]).mean()
+        ledger.compare("groups, losses", ours[name], mean, ledgers.PLAIN)
+
+
+@pytest.mark.parametrize("kind", ["gauss", "rpb"])
+def test_a_bias_is_added_to_the_scores(ledger, in_float64, kind):
+    "The whole attention in plain torch, cell by cell, with padding."
+    from detr_nb.nearby import BOX_BIASES, NearbyDETR, cell_centres
+
+    torch.manual_seed(0)
+    model = build_detr(CLASSES, "small", hidden_dim=32, nheads=4, enc_layers=1, dec_layers=1, dim_feedforward=64,
+                       num_queries=3, decoder="dab", box_bias=kind).eval()
+    bias, (y, x) = model.box_bias[0], cell_centres(torch.zeros(1, 1, 4, 6))
+    assert isinstance(model, NearbyDETR) and isinstance(bias, BOX_BIASES[kind])
+    boxes, slots, keep = random_answers(queries=3).boxes[0, :1], torch.randn(1, 3, 32), torch.ones(1, 1, 1, 24) > 0
+    keep[..., 20:] = False
+    table = model.near((y, x))(0, boxes, slots, keep)
+    plain = torch.full((1, 4, 3, 24), float("-inf"))
+    for query, cell in product(range(3), range(20)):
+        cx, cy, w, h = boxes[0, query]
+        at_x, at_y = x[0, cell % 6], y[0, cell // 6]
+        if kind == "gauss":
+            off = bias.spots(slots[0, query]).view(4, 4)
+            far = ((at_x - cx - off[:, 0] * w) / (w * off[:, 2].exp())) ** 2
+            plain[0, :, query, cell] = -far - ((at_y - cy - off[:, 1] * h) / (h * off[:, 3].exp())) ** 2
+        else:
+            in_x = torch.stack([at_x - cx + w / 2, at_x - cx - w / 2])
+            in_y = torch.stack([at_y - cy + h / 2, at_y - cy - h / 2])
+            plain[0, :, query, cell] = bias.columns(8 * in_x) + bias.rows(8 * in_y)
+    ledger.compare("box_bias, attention", table[..., :20], plain[..., :20], ledgers.PLAIN)
+    assert (table[..., 20:] == float("-inf")).all()
+
+
+VARIANTS = {
+    "focal": dict(class_loss="focal"),
+    "grouped": dict(query_groups=3),
+    "conditional": dict(decoder="conditional", class_loss="vfl", query_groups=2),
+    "dab": dict(decoder="dab", class_loss="ia_bce", box_bias="gauss"),
+    "dab_ce": dict(decoder="dab", query_groups=2),
+    "all": dict(decoder="dab", class_loss="mal", box_bias="rpb", two_stage=True, repeat_targets=3, query_groups=2),
+}
+SMALL = dict(hidden_dim=32, nheads=4, enc_layers=1, dec_layers=2, dim_feedforward=64, num_queries=6)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_learns_everything_and_is_built_again_from_its_file(name, tmp_path):
+    from detr_nb.checkpoints import save_checkpoint
+    from detr_nb.layouts import architecture
+
+    config = PRESETS["shapes"].but(**SMALL, **VARIANTS[name])
+    torch.manual_seed(0)
+    model, criterion = build_model(config, CLASSES).train(), build_criterion(config, CLASSES)
+    images, targets = torch.randn(IMAGES), make_targets([3, 1], torch.float32, CLASSES)
+    for layer in (m.layers[-1] for n, m in model.named_modules() if n in ("bbox_embed", "enc_bbox_embed")):
+        nn.init.normal_(layer.weight, std=0.1)  # some begin at zero, before which nothing learns
+    losses = criterion(model(images), targets)
+    assert {n for n in losses if n.endswith("_enc")} == ({f"loss_{n}_enc" for n in ("ce", "bbox", "giou")} if
+                                                        config.model.two_stage else set())
+    criterion.total(losses).backward()
+    assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    model.eval()
+    state = {"format": "detr_nb", "version": 1, "epoch": 0, "step": 0, "config": config.flat(),
+             "model": model.state_dict(), "architecture": architecture(model),
+             "preprocessing": {"short_side": 64, "max_size": 96},
+             "classes": {"ids": [1, 2, 3, 4, 5], "names": [*"abcde"]}}
+    save_checkpoint(tmp_path / "best.pth", state)
+    again = load_detector(tmp_path / "best.pth").model
+    with torch.no_grad():
+        first, second = model(images), again(images)
+    assert torch.equal(first.logits, second.logits) and torch.equal(first.boxes, second.boxes)
+    assert first.logits.shape[2] == 6 and first.groups == 1
+
+
+def test_an_exported_variant_says_the_same(tmp_path):
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    config = PRESETS["shapes"].but(**SMALL, **VARIANTS["all"])
+    model, images = build_model(config, CLASSES).eval(), torch.randn(2, 3, 96, 128)
+    recorded = OnnxDETR(export_onnx(model, tmp_path / "model.onnx"))
+    with torch.no_grad():
+        ours = model(images)
+    found = recorded(images)
+    assert torch.allclose(found.boxes[-1], ours.boxes[-1], atol=1e-4)
+    assert torch.allclose(found.logits[-1], ours.logits[-1], atol=1e-4)
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(box_bias="rpb"), "needs --decoder dab"), (dict(decoder="conditional", two_stage=True), "needs --decoder dab"),
+    (dict(decoder="dab", two_stage=True), "--class_loss other than ce")])
+def test_what_does_not_go_together_is_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        build_model(PRESETS["shapes"].but(**SMALL, **settings), CLASSES)
+
+
+def test_presets_have_the_papers_settings():
+    for name in ("conditional", "dab", "group_dab"):
+        config = PRESETS[name]
+        assert (config.model.num_queries, config.loss.class_loss, config.loss.cls_loss_coef) == (300, "focal", 2)
+    assert PRESETS["group_dab"].model.query_groups == 11 and PRESETS["dab"].model.temperature == 20
+
+
+@pytest.mark.parametrize("name", ["conditional", "dab_ce", "all"])
+def test_two_processes_of_a_variant_are_one_run(name, tmp_path):
+    "In float64, as for DETR; both runs evaluate, write checkpoints and draw."
+    shapes = write_shapes(tmp_path / "shapes", num_train=32, num_val=4, num_workers=1)
+    flags = [word for flag, value in VARIANTS[name].items() for word in ([f"--{flag}"] if value is True else
+                                                                         [f"--{flag}", str(value)])]
+    few = [*SMALL_RUN, *flags, "--shapes_path", shapes, "--pretrain_epochs", 0, "--optimizer", "adamw"]
+    program = str(ROOT / "tests/in_float64.py")
+    alone = Child([program, *map(str, [*few, "--batch_size", 8, "--output_dir", tmp_path / "one"])], clean_environ())
+    assert alone.wait(timeout=300) == 0, alone.communicate()
+    together(*few, "--batch_size", 4, "--output_dir", tmp_path / "two", program=[program])
+    one, two = ([line["loss"] for line in steps(tmp_path / run)] for run in ("one", "two"))
+    assert len(one) == 4 and one == pytest.approx(two, rel=1e-8)
+    assert load_detector(tmp_path / "one/best.pth").model.num_queries == PRESETS["shapes"].model.num_queries
