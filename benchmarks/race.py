@@ -20,15 +20,14 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SIGMOID = "--class_loss ia_bce --cls_loss_coef 2 --set_cost_class 2 --bbox_loss_coef 5 --giou_loss_coef 2"
-FASTER = "--lr 1e-3 --lr_backbone 1e-3 --lr_muon 0.02"
 VARIANTS = {  # each adds one idea to the one before
     "DETR": "",
     "anchors": "--decoder dab",
-    "anchors, IA-BCE": f"--decoder dab {SIGMOID} {FASTER}",
-    "anchors, IA-BCE, bias": f"--decoder dab {SIGMOID} {FASTER} --box_bias rpb",
-    "anchors, IA-BCE, bias, proposals": f"--decoder dab {SIGMOID} {FASTER} --box_bias rpb --two_stage "
+    "anchors, IA-BCE": f"--decoder dab {SIGMOID}",
+    "anchors, IA-BCE, bias": f"--decoder dab {SIGMOID} --box_bias rpb",
+    "anchors, IA-BCE, bias, proposals": f"--decoder dab {SIGMOID} --box_bias rpb --two_stage "
                                         "--repeat_targets 4",
-    "and three groups": f"--decoder dab {SIGMOID} {FASTER} --box_bias rpb --two_stage --repeat_targets 4 "
+    "and three groups": f"--decoder dab {SIGMOID} --box_bias rpb --two_stage --repeat_targets 4 "
                         "--query_groups 3",
 }
 

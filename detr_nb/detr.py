@@ -174,7 +174,8 @@ def build_detr(
         backbone = build_backbone(backbone, pretrained, norm, dilation, train_backbone)
     position_encoding = build_position_encoding(position_embedding, hidden_dim, temperature)
     if family:
-        layer = dict(width=hidden_dim, heads=nheads, dim_feedforward=dim_feedforward, dropout=dropout, pre_norm=pre_norm)
+        layer = dict(width=hidden_dim, heads=nheads, dim_feedforward=dim_feedforward, dropout=dropout,
+                     pre_norm=pre_norm)
         build = import_module("detr_nb.family").build_family  # the last chapters, only where they are asked for
         return build(backbone, position_encoding, layer, enc_layers, dec_layers, num_classes, num_queries, **family)
     transformer = Transformer(hidden_dim, nheads, enc_layers, dec_layers, dim_feedforward, dropout, pre_norm)

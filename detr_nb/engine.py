@@ -93,11 +93,12 @@ def build_model(config: Config, num_classes: int) -> DETR | SegmentationDETR:
     others = ("masks", "pretrain_epochs", "panoptic_threshold", *_DETR)  # are not for the detector itself, or below
     settings = {name: value for name, value in asdict(config.model).items() if name not in others}
     family = {name: config.flat()[name] for name in _DETR}
+    family = {} if family == _DETR else family
     source = config.run.finetune
     brought = source and known_architecture(source).get("backbone") == settings["backbone"]
     if settings["pretrained"] and (config.run.resume or config.run.frozen_weights or brought):
         settings["pretrained"] = None  # they are loaded later
-    model = build_detr(num_classes, norm=settings.pop("backbone_norm"), **settings, **(family if family != _DETR else {}))
+    model = build_detr(num_classes, norm=settings.pop("backbone_norm"), **settings, **family)
     if isinstance(model.backbone, TimmBackbone) and not config.model.masks:
         _freeze_unused(model.backbone)
     return build_segmentation(model, freeze=bool(config.run.frozen_weights)) if config.model.masks else model
