@@ -71,7 +71,7 @@ def program(*arguments: object, launcher: tuple = ()) -> subprocess.Popen:
     from detr_nb.shapes_set import write_shapes
     data = write_shapes(ROOT / "data/gpu_check", num_train=96, num_val=16)
     command = [sys.executable, *(launcher or ("-m",)), "detr_nb.train", "shapes", "--coco_path", data, "--epochs", 1,
-               "--pretrain_epochs", 0, "--batch_size", 8, "--log_every", 1, "--report_to", "none", *arguments]
+               "--pretrain_epochs", 0, "--batch_size", 8, "--image_size", 128, "--report_to", "none", *arguments]
     return subprocess.Popen(list(map(str, command)), cwd=ROOT, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT)
 
