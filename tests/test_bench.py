@@ -24,3 +24,13 @@ def test_every_scenario_runs_once(tmp_path):
         assert 0 < scenario["ours"] and bool(scenario["peer"]) == ("ratio" in scenario)
         assert not scenario["peer"] or 0 < scenario["low"] <= scenario["ratio"] <= scenario["high"]
     assert found["machine"]["threads"] >= 1 and "torch" in (tmp_path / "bench.md").read_text()
+
+
+def test_what_a_gpu_is_asked_first_can_be_asked_here(tmp_path):
+    "Twenty steps give the CPU's losses; on a CPU, its own."
+    pytest.importorskip("transformers")
+    command = [sys.executable, "tools/gpu_check.py", "--part", "losses", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    single, half = map(json.loads, done.stdout.splitlines())
+    assert single["good"] and half["good"] and half["bf16"] < half["first"]
