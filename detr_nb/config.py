@@ -93,7 +93,7 @@ class LossConfig:
     dice_loss_coef: float = 1  # of the masks' dice loss (paper: 1)
     eos_coef: float = 0.1  # of the no-object class among the classes (paper: 0.1)
     cls_loss_coef: float = 1  # of the classes in the loss (paper: 1; with class_loss focal 2)
-    # ce: a softmax with no-object (paper); else each class by itself, and but for focal the score says how good the box is
+    # ce: a softmax with no-object (paper); else each class by itself, with a score that knows the box, but for focal
     class_loss: Literal["ce", "focal", "ia_bce", "vfl", "mal"] = "ce"
     repeat_targets: int = 1  # with two_stage: cells of the encoder that learn from each object
 
