@@ -151,7 +151,7 @@ class AnchorDecoder(ConditionalDecoder):
 
     def __init__(self, num_layers: int, width: int, **layer):
         super().__init__(num_layers, width, **layer)
-        self.ref_anchor_head = MLP(width, width, 2, num_layers=2)
+        self.ref_anchor_head, self.pre_norm = MLP(width, width, 2, num_layers=2), layer["pre_norm"]
 
     def make_head(self, width: int) -> MLP:
         "From a box's code to a query."
@@ -176,7 +176,7 @@ class AnchorDecoder(ConditionalDecoder):
             seen = keep if near is None else near(index, boxes, slots, keep)
             slots = layer(slots, self.ref_point_head(code), where, memory, positions, seen, groups)
             found.append(slots)
-            references.append(raw + move(slots))
+            references.append(raw + move(self.norm(slots) if self.pre_norm else slots))  # as answers are read
             raw = references[-1].detach()
         return self.norm(torch.stack(found)), torch.stack(references[:-1])
 
