@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from detr_nb.checkpoints import load_checkpoint
+
 ROOT = Path(__file__).resolve().parent.parent
 SIGMOID = "--class_loss ia_bce --cls_loss_coef 2 --set_cost_class 2 --bbox_loss_coef 5 --giou_loss_coef 2"
 VARIANTS = {  # each adds one idea to the one before
@@ -42,9 +44,7 @@ def run(flags: str, folder: Path, backbone: Path, options: argparse.Namespace, s
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-    steps = sum(1 for line in lines if "epoch" in line)
-    last = json.loads((folder / "steps.jsonl").read_text().splitlines()[-1])["step"]
-    per_epoch = -(-(last + 1) // steps)
+    per_epoch = load_checkpoint(folder / "checkpoint.pth")["step"] // len(lines)
     return [{"steps": per_epoch * (line["epoch"] + 1), "AP": line["test_coco_eval_bbox"][0],
              "AP50": line["test_coco_eval_bbox"][1], "class_error": line["train_class_error"], "cpu_seconds": round(spent)}
             for line in lines]
