@@ -46,8 +46,8 @@ def run(flags: str, folder: Path, backbone: Path, options: argparse.Namespace, s
     lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
     per_epoch = load_checkpoint(folder / "checkpoint.pth")["step"] // len(lines)
     return [{"steps": per_epoch * (line["epoch"] + 1), "AP": line["test_coco_eval_bbox"][0],
-             "AP50": line["test_coco_eval_bbox"][1], "class_error": line["train_class_error"], "cpu_seconds": round(spent)}
-            for line in lines]
+             "AP50": line["test_coco_eval_bbox"][1], "class_error": line["train_class_error"],
+             "cpu_seconds": round(spent)} for line in lines]
 
 
 def main() -> None:

@@ -138,7 +138,10 @@ def _our_name(name: str, layout: str) -> str | None:
     if layout == "detr_nb":
         return name
     if layout == "released":
-        return name.replace("backbone.0.", "backbone.", 1).replace("backbone.1.", "position_encoding.", 1)
+        for theirs, ours in (("backbone.0.", "backbone."), ("backbone.1.", "position_encoding."),
+                             ("refpoint_embed.", "query_embed.")):  # the last is DAB-DETR's
+            name = name.replace(theirs, ours, 1)
+        return name
     name = _modern_name(name)
     return _rename(name, _reversed(NAMES + RESNET + TIMM)) or name
 
@@ -154,8 +157,9 @@ def our_tensors(
         _logger.warning("%s is a model with masks: the detector is loaded, the mask head (%d tensors) is left out",
                         contents.name, list(named.values()).count(None))
     tensors = {ours: contents.tensors[name] for name, ours in named.items() if ours}
-    if layout != "detr_nb":  # frozen norms count no batches
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")}
+    if layout != "detr_nb":  # frozen norms count no batches; DAB-DETR's decoder holds the box head a second time
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")
+                   and not name.startswith("transformer.decoder.bbox_embed.")}
     return _join_projections(tensors) if layout == "transformers" else tensors
 
 # %% ../nbs/21_layouts.ipynb #25252a8d
@@ -214,11 +218,14 @@ def _read_architecture(
         "enc_layers": _count_blocks(names, "transformer.encoder.layers."),  # none is a DETR, too (table 2 of the paper)
         "dec_layers": _count_blocks(names, stack), "pre_norm": "transformer.encoder.norm.weight" in tensors,
         "position_embedding": "learned" if learned else "sine"}
+    if stack + "0.sa_v_proj.weight" in tensors:  # a descendant's, without no-object
+        dab = "transformer.decoder.ref_anchor_head.layers.0.weight" in tensors
+        found |= {"decoder": "dab" if dab else "conditional", "class_loss": "focal"}
     lengths = {"num_classes": "class_embed.weight", "num_queries": "query_embed.weight",
                "hidden_dim": "input_proj.weight", "dim_feedforward": stack + "0.linear1.weight"}
     for key, name in lengths.items():
         if name in tensors:
-            found[key] = len(tensors[name]) - (key == "num_classes")  # its last row is no-object
+            found[key] = len(tensors[name]) - (key == "num_classes" and "decoder" not in found)  # last row: no-object
         elif whole:
             raise CheckpointError(f"the checkpoint has no {name}, which every DETR has")
     if not found["dec_layers"]:  # there is no DETR without: the decoder is missing
@@ -236,7 +243,8 @@ def _told(contents: Contents) -> dict[str, Any]:
                                   "load_state_dict, or give a checkpoint.pth of a run")
         return rest["architecture"]
     dc5 = "dc5" in re.split(r"[-_.]", Path(urlsplit(name).path).stem.lower())
-    found = {"nheads": 8, "dilation": dc5, "temperature": 10000.0}
+    dab = any(".ref_anchor_head." in tensor for tensor in contents.tensors)
+    found = {"nheads": 8, "dilation": dc5, "temperature": 20.0 if dab else 10000.0}
     flags = rest.get("args")  # of the released training, or of our `to_released`
     flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
     if isinstance(flags, Mapping):

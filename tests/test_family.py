@@ -335,3 +335,25 @@ def test_two_processes_of_a_variant_are_one_run(name, tmp_path):
     one, two = ([line["loss"] for line in steps(tmp_path / run)] for run in ("one", "two"))
     assert len(one) == 4 and one == pytest.approx(two, rel=1e-8)
     assert load_detector(tmp_path / "one/best.pth").model.num_queries == PRESETS["shapes"].model.num_queries
+
+
+@pytest.mark.parametrize("kind", ["conditional", "dab"])
+def test_released_files_load_by_key(kind, tmp_path):
+    "As the projects' training writes them: DAB-DETR's with the box head twice, and anchors under another name."
+    torch.manual_seed(0)
+    model = build_detr(91, "resnet50", temperature=20 if kind == "dab" else 10000, enc_layers=1, dec_layers=2,
+                       dim_feedforward=64, num_queries=9, decoder=kind, class_loss="focal", pretrained=None).eval()
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith("bbox_embed.") and kind == "dab":
+            state[f"transformer.decoder.{name}"] = tensor
+        name = name.replace("backbone.", "backbone.0.", 1)
+        state[name.replace("query_embed.", "refpoint_embed.") if kind == "dab" else name] = tensor
+    path = tmp_path / f"{kind}_r50.pth"
+    torch.save({"model": state}, path)
+    found = load_detector(path)
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        ours, again = model(images), found.model(images)
+    assert torch.equal(ours.boxes, again.boxes) and torch.equal(ours.logits, again.logits)
+    assert again.sigmoid and found.names[1] == "person" and found.model.num_classes == 91
