@@ -267,7 +267,7 @@ def _told_by_transformers(settings: Mapping, name: str) -> dict[str, Any]:
 def known_architecture(source: str | Path | Mapping | Contents) -> dict[str, Any]:
     "What a checkpoint, also one of a part of a DETR, says of the arguments of `build_detr`; raises `CheckpointError`."
     contents = read_source(source)
-    return _told(contents) | _read_architecture(our_tensors(contents, masks=True), whole=False)
+    return _read_architecture(our_tensors(contents, masks=True), whole=False) | _told(contents)
 
 # %% ../nbs/21_layouts.ipynb #0dff60b9
 def load_model(

@@ -178,6 +178,8 @@ class InClassesOf(nn.Module):
         "What the model says, with logits for the data set's classes; one it does not know has a probability of e^-18."
         predictions = self.model(*inputs, **wanted)
         logits = predictions.logits
+        if predictions.sigmoid:  # classes that do not compete
+            return predictions._replace(logits=torch.where(self.taken < 0, -18.0, logits[..., self.taken]))
         never = logits.logsumexp(-1, keepdim=True) - 18
         ours = torch.where(self.taken < 0, never, logits[..., self.taken])
         return predictions._replace(logits=torch.cat([ours, logits[..., self.others].logsumexp(-1, True)], dim=-1))
@@ -205,16 +207,17 @@ def _take_classes(
     "Copy the class head's rows of shared names; returns what was taken of which tensor. Raises `CheckpointError`."
     if missing := [name for name in _CLASS_HEAD if name not in theirs]:
         raise CheckpointError(f"{contents.name} has no {' and '.join(missing)}: leave keep_classes out")
-    known = _class_names(contents, len(theirs["class_embed.weight"]) - 1)
+    known = _class_names(contents, known_architecture(contents)["num_classes"])
     if known is None:
         raise CheckpointError(f"{contents.name} does not name its classes: leave keep_classes out")
     if ours["class_embed.weight"].shape[1] != theirs["class_embed.weight"].shape[1]:
         return {}
-    rows = _class_rows(known, names)
+    rows, sizes = _class_rows(known, names), [len(side["class_embed.bias"]) for side in (ours, theirs)]
+    rows = {own: row for own, row in rows.items() if own < sizes[0] and row < sizes[1]}  # not all have no-object
     for name in _CLASS_HEAD:
         ours[name][list(rows)] = theirs[name][list(rows.values())].to(ours[name])
-    shared = ", ".join([*(names[row] for row in list(rows)[:-1]), "no-object"])
-    anew = ", the others anew" if len(rows) < len(names) + 1 else ""
+    shared = ", ".join([*names, "no-object"][row] for row in rows)
+    anew = ", the others anew" if len(rows) < sizes[0] else ""
     return {name: f"{tuple(ours[name].shape)}: the rows of {shared}{anew}" for name in _CLASS_HEAD}
 
 # %% ../nbs/22_pretrained.ipynb #a9384a4a

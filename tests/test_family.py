@@ -12,6 +12,7 @@ from test_train import ROOT, steps, together
 from test_train import SMALL as SMALL_RUN
 from torch import Tensor, nn
 
+from detr_nb.annotations import Categories
 from detr_nb.backbone import Features
 from detr_nb.config import PRESETS
 from detr_nb.criterion import SetCriterion
@@ -23,7 +24,7 @@ from detr_nb.family import family_criterion
 from detr_nb.focal import SigmoidCriterion
 from detr_nb.groups import apart
 from detr_nb.matcher import match
-from detr_nb.pretrained import load_detector
+from detr_nb.pretrained import InClassesOf, load_detector, transfer_weights
 from detr_nb.shapes_set import write_shapes
 
 transformers = pytest.importorskip("transformers")
@@ -291,6 +292,13 @@ def test_a_variant_learns_everything_and_is_built_again_from_its_file(name, tmp_
         first, second = model(images), again(images)
     assert torch.equal(first.logits, second.logits) and torch.equal(first.boxes, second.boxes)
     assert first.logits.shape[2] == 6 and first.groups == 1
+    fresh = build_model(config, 2)  # two of its classes, and one that it does not know
+    report = transfer_weights(fresh, tmp_path / "best.pth", ["d", "new"], keep_classes=True)
+    assert torch.equal(fresh.class_embed.weight[0], model.class_embed.weight[3]) and not report.settings
+    told = InClassesOf(load_detector(tmp_path / "best.pth"), Categories(("d", "new"), (7, 9)))
+    with torch.no_grad():
+        found = told(images).probabilities()
+    assert torch.allclose(found[..., 0], first.probabilities()[..., 3], atol=1e-6) and found[..., 1].max() < 1e-7
 
 
 def test_an_exported_variant_says_the_same(tmp_path):
