@@ -34,7 +34,7 @@ class _AsReleased:
             samples, padding = samples.tensors, samples.mask
         elif not isinstance(samples, torch.Tensor):
             samples, padding = _pad(list(samples))
-        logits, boxes, masks = super().forward(samples, padding)
+        logits, boxes, masks = super().forward(samples, padding)[:3]
         layers = [{"pred_logits": logits[k], "pred_boxes": boxes[k]} for k in range(len(logits))]
         return layers[-1] | ({} if masks is None else {"pred_masks": masks}) | {"aux_outputs": layers[:-1]}
 
