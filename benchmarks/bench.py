@@ -47,6 +47,12 @@ from detr_nb.layouts import from_transformers
 from detr_nb.shapes_set import write_shapes
 from detr_nb.transforms import output_size, paper_transform, scaled_lengths
 
+PAGE = """# Beside other implementations
+
+Ours and another implementation in turn, on equal work. A ratio is that of two neighbouring runs; here are the median of
+the ratios and their middle half. `make bench` writes this page.
+
+"""
 Pair = tuple[Callable[[], object], Callable[[], object] | None]  # ours, and the peer's where there is one
 ON = {"device": torch.device("cpu"), "bf16": False}  # where model and criterion run, set by the command line
 
@@ -151,9 +157,9 @@ def embedded_step(images: int) -> Pair:
 def memory(height: int, width: int, images: int) -> Pair:
     "The most memory that a process holds which takes two training steps: megabytes, where others give milliseconds."
     def measured(side: int) -> float:
-        program = (f"import resource, sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench; "
+        program = (f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench; "
                    f"run = bench.training_step({height}, {width}, {images})[{side}]; run(); run(); "
-                   "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+                   "print([line for line in open('/proc/self/status') if 'VmHWM' in line][0].split()[1])")
         return int(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True).stdout) / 1024
 
     return partial(measured, 0), partial(measured, 1)
@@ -290,7 +296,8 @@ def main() -> None:
             print(lines[-1], flush=True)
     lines.append("\n" + ", ".join(f"{key} {value}" for key, value in machine.items()))
     if given.output:
-        (given.output / "bench.md").write_text("\n".join(lines) + "\n")
+        given.output.mkdir(parents=True, exist_ok=True)
+        (given.output / "bench.md").write_text(PAGE + "\n".join(lines) + "\n")
         (given.output / "bench.json").write_text(json.dumps({"machine": machine, "scenarios": found}, indent=1) + "\n")
 
 
