@@ -6,6 +6,7 @@ __all__ = ['box_code', 'ConditionalLayer', 'ConditionalDecoder', 'AnchorDecoder'
 # %% ../nbs/42_anchors.ipynb #25d3efc3
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from .detr import MLP, Decoded, Predictions
+from .detr import MLP, Decoded, Predictions, in_full_precision
 from .groups import GroupedDETR, fold
 from .position_encoding import sine_code
 from .transformer import Encoder, EncoderLayer, _Layer, keep_mask
@@ -131,7 +132,7 @@ class ConditionalDecoder(nn.Module):
 
     def forward(
         self, queries: Float[Tensor, "Q D"], memory: Float[Tensor, "B S D"], positions: Float[Tensor, "b S D"],
-        keep: Bool[Tensor, "B 1 1 S"] | None, groups: int, **others: Callable,
+        keep: Bool[Tensor, "B 1 1 S"] | None, groups: int,
     ) -> tuple[Float[Tensor, "L B Q D"], Float[Tensor, "L B Q 4"]]:  # and what is added to boxes before the sigmoid
         "What the queries have found after each layer; they begin with nothing."
         raw = self.ref_point_head(queries)
@@ -240,4 +241,4 @@ class AnchorDETR(GroupedDETR):
         self, memory: Float[Tensor, "B S D"], projected: Float[Tensor, "B D h w"], padding: Bool[Tensor, "B h w"] | None
     ) -> Beginning:
         "What the decoder begins with: here the same for every image."
-        return Beginning(*self.queries(), {"move": self.bbox_embed} if self.refines else {})
+        return Beginning(*self.queries(), {"move": partial(in_full_precision, self.bbox_embed)} if self.refines else {})

@@ -366,7 +366,7 @@ def _timm_network(name: str, pretrained: bool | None, norm: str, dilation: bool)
     asked = tuple(body.feature_info.module_name())
     return _fold_norms(timm.layers.freeze_batch_norm_2d(body), asked) if norm == "frozen" else body
 
-
+# %% ../nbs/10_backbone.ipynb #d68354f1
 _LITE = re.compile(r"tf_efficientnet_lite([0-2])(\.in1k)?")  # without tf_ it is another network, of other weights
 
 

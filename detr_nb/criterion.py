@@ -150,8 +150,7 @@ class SetCriterion(SoftmaxScores, _WeightedLosses):
         eos_coef: float = 0.1,  # weight of the no-object class
         cls_loss_coef: float = 1.0,
     ):
-        weights = {"loss_ce": cls_loss_coef, "loss_bbox": bbox_loss_coef, "loss_giou": giou_loss_coef}
-        super().__init__(weights, eos_coef)
+        super().__init__({"loss_ce": cls_loss_coef, "loss_bbox": bbox_loss_coef, "loss_giou": giou_loss_coef}, eos_coef)
         self.num_classes, self.costs = num_classes, (set_cost_class, set_cost_bbox, set_cost_giou)
 
     def forward(
@@ -166,7 +165,7 @@ class SetCriterion(SoftmaxScores, _WeightedLosses):
             own = self.normalizers(targets.counts, predictions.logits.shape[2], predictions.logits.dtype)
             normalizers = reduce_sum(own) / world_size()
         divisors = torch.where(normalizers > 0, normalizers, 1 / world_size())
-        table = self.class_table(predictions.logits)  # for the matching and for the loss
+        table = self.class_table(predictions.logits)
         matches = match(predictions, targets, *self.costs, table, self.class_cost)
         return self.losses(predictions, targets, matches, divisors, table)
 
@@ -174,11 +173,10 @@ class SetCriterion(SoftmaxScores, _WeightedLosses):
         self, predictions: Predictions, targets: Targets, matches: Matches, divisors: Tensor, table: Tensor
     ) -> dict[str, Tensor]:
         "What `forward` gives, for pairs that are known; the divisors are those of boxes and of classes."
-        logits = predictions.logits
         distance, overlap = box_losses(predictions.boxes, targets, matches) / divisors[0]
         wanted = _wanted_classes(predictions.boxes, targets, matches, self.num_classes)
         classes = self.class_losses(table, wanted, predictions, targets, matches) / divisors[1]
-        error = _cardinality_error(self.claims(logits), targets.counts)
+        error = _cardinality_error(self.claims(predictions.logits), targets.counts)
         losses = {"loss_ce": classes, "loss_bbox": distance, "loss_giou": overlap, "cardinality_error": error}
         losses = _name_layers({name: x.unflatten(0, (-1, predictions.groups)) for name, x in losses.items()})
-        return losses | {"class_error": _class_error(logits[-1], wanted[-1], self.num_classes)}
+        return losses | {"class_error": _class_error(predictions.logits[-1], wanted[-1], self.num_classes)}

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .anchors import Beginning
-from .detr import MLP, Predictions
+from .detr import MLP, Predictions, in_full_precision
 from .nearby import NearbyDETR, cell_centres
 
 # %% ../nbs/44_proposals.ipynb #10d3aca3
@@ -37,7 +37,8 @@ class ProposalDETR(NearbyDETR):
         y, x = cell_centres(projected, padding)
         centres = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1).flatten(1, 2)
         start = torch.cat([centres, torch.full_like(centres, self.side)], dim=-1).clamp(0.01, 0.99).logit()
-        logits, boxes = self.enc_class_embed(tokens).float(), start + self.enc_bbox_embed(tokens)
+        logits = in_full_precision(self.enc_class_embed, tokens)
+        boxes = start + in_full_precision(self.enc_bbox_embed, tokens)
         return logits if padding is None else logits.masked_fill(padding.flatten(1)[..., None], -20.0), boxes
 
     def begin(

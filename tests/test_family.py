@@ -307,6 +307,22 @@ def test_a_variant_learns_everything_and_is_built_again_from_its_file(name, tmp_
     assert torch.allclose(found[..., 0], first.probabilities()[..., 3], atol=1e-6) and found[..., 1].max() < 1e-7
 
 
+def test_boxes_stay_precise_in_half_and_in_double_precision():
+    torch.manual_seed(0)
+    model = build_model(PRESETS["shapes"].but(**SMALL, **VARIANTS["all"]), CLASSES).train()
+    for layer in (m.layers[-1] for n, m in model.named_modules() if n in ("bbox_embed", "enc_bbox_embed")):
+        nn.init.normal_(layer.weight, std=0.1)
+    images = torch.randn(IMAGES)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            half = model(images)
+        double = model.double()(images.double())
+    for answer, dtype in ((half, torch.float32), (double, torch.float64)):
+        assert {x.dtype for part in (answer, answer.proposals) for x in part[:2]} == {dtype}
+        assert answer.boxes.isfinite().all()
+    assert (half.proposals.boxes - double.proposals.boxes).abs().max() < 0.05
+
+
 def test_an_exported_variant_says_the_same(tmp_path):
     pytest.importorskip("onnxscript")
     torch.manual_seed(0)
