@@ -223,7 +223,7 @@ class SegmentationDETR(nn.Module):
         super().__init__()
         if len(getattr(detr.backbone, "channels", ())) < 4:
             raise UserError("masks need a backbone with four maps, as the ResNets and the small one have")
-        width, heads = detr.query_embed.embedding_dim, detr.transformer.decoder.layers[0].self_attn.heads
+        width, heads = detr.class_embed.in_features, detr.transformer.decoder.layers[0].self_attn.heads
         self.detr, self.frozen = detr.requires_grad_(False).eval() if freeze else detr, freeze
         self.bbox_attention = AttentionMaps(width, heads)
         self.mask_head = MaskHead(width, heads, detr.backbone.channels[-2:-5:-1])

@@ -1,5 +1,6 @@
 "What came after DETR, against independent implementations, and through every command."
 import re
+from functools import partial
 from itertools import product
 
 import ledger as ledgers
@@ -305,6 +306,20 @@ def test_a_variant_learns_everything_and_is_built_again_from_its_file(name, tmp_
     with torch.no_grad():
         found = told(images).probabilities()
     assert torch.allclose(found[..., 0], first.probabilities()[..., 3], atol=1e-6) and found[..., 1].max() < 1e-7
+
+
+@pytest.mark.parametrize("name", ["focal", "conditional", "dab"])
+def test_a_variant_learns_masks(name):
+    torch.manual_seed(0)
+    config = PRESETS["shapes"].but(**SMALL, **VARIANTS[name] | {"query_groups": 1}, masks=True)
+    model, criterion = build_model(config, CLASSES).train(), build_criterion(config, CLASSES)
+    targets = make_targets([3, 1], torch.float32, CLASSES)
+    targets = targets._replace(masks=torch.rand(4, *IMAGES[2:]) > 0.5, sizes=torch.tensor([IMAGES[2:]] * 2))
+    images = torch.randn(IMAGES)
+    losses = criterion(model(images, keep=partial(criterion.matched_queries, targets=targets)), targets)
+    criterion.total(losses).backward()
+    assert losses["loss_mask"] > 0 and losses["loss_dice"] > 0
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.mask_head.parameters())
 
 
 def test_boxes_stay_precise_in_half_and_in_double_precision():
