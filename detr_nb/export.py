@@ -83,12 +83,15 @@ def _need(*packages: str) -> None:
             raise ExportError(told) from error
 
 # %% ../nbs/25_export.ipynb #be554562
-def _file_notes(detector: LoadedDetector) -> dict[str, str]:
+def _file_notes(detector: LoadedDetector | nn.Module) -> dict[str, str]:
     "What one must know to use the file, as the notes that ONNX keeps in it; lists and settings in JSON."
-    told = {"names": detector.names, "category_ids": detector.category_ids, "mean": IMAGENET_MEAN, "std": IMAGENET_STD,
-            "preprocessing": detector.preprocessing._asdict(), "is_thing": detector.is_thing}
+    model = getattr(detector, "model", detector)
+    told = {} if model is detector else {
+        "names": detector.names, "category_ids": detector.category_ids, "mean": IMAGENET_MEAN, "std": IMAGENET_STD,
+        "preprocessing": detector.preprocessing._asdict(), "is_thing": detector.is_thing}
     return {name: json.dumps(value) for name, value in told.items()} | {
-        "logits": "softmax gives probabilities; the last class is no-object",
+        "logits": "sigmoid gives the probability of each class" if getattr(model, "detr", model).sigmoid else
+                  "softmax gives probabilities; the last class is no-object",
         "boxes": "centre x, centre y, width, height, as shares of the image without its padding",
         "masks": "where there are any: logits on a coarser grid than the batch; enlarge them to its size, cut off the "
                  "padding, and resize to the picture; above 0 is the object",
@@ -101,7 +104,6 @@ def export_onnx(
 ) -> Path:
     "Write a DETR as an ONNX file with free numbers and sizes of images; raises `ExportError` if a package is missing."
     _need("onnx", "onnxscript")
-    notes = _file_notes(detector) if isinstance(detector, LoadedDetector) else {}
     program = export_program(getattr(detector, "model", detector))
     names = ("logits", "boxes", "masks")[: len(program.graph_signature.user_outputs)]
     written = torch.onnx.export(program, dynamo=True, verbose=False, input_names=("images", "padding"),
@@ -110,7 +112,7 @@ def export_onnx(
         sides = {"images": (0, 2, 3), "padding": (0, 1, 2)}.get(value.name, (0,))
         for side, name in zip(sides, ("batch", "height", "width")):
             value.shape[side] = name
-    written.model.metadata_props.update(notes)
+    written.model.metadata_props.update(_file_notes(detector))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     written.save(str(path))
     return Path(path)
@@ -142,7 +144,7 @@ class OnnxDETR:
         if padding is None:
             padding = torch.zeros(len(images), *images.shape[-2:], dtype=torch.bool)
         logits, boxes, *masks = self.run(images.float().cpu(), padding.cpu())
-        return Predictions(logits[None], boxes[None], *masks)
+        return Predictions(logits[None], boxes[None], *masks)._replace(sigmoid="sigmoid" in self.notes["logits"])
 
 # %% ../nbs/25_export.ipynb #25pt2b02
 class ProgramDETR(OnnxDETR):
@@ -167,10 +169,9 @@ def export_file(
     path = Path(path)
     if path.suffix != ".pt2":
         return export_onnx(detector, path)
-    notes = _file_notes(detector) if isinstance(detector, LoadedDetector) else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.export.save(export_program(getattr(detector, "model", detector)), path,
-                      extra_files={"notes.json": json.dumps(notes)})
+                      extra_files={"notes.json": json.dumps(_file_notes(detector))})
     return path
 
 # %% ../nbs/25_export.ipynb #7b702020

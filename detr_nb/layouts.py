@@ -339,6 +339,7 @@ def _check_writable(model: DETR, where: str, pre_norm: bool) -> None:
     wrong = {f"backbone={found['backbone']!r}": found["backbone"] not in DEPTHS.values(),
              "norm='group'": found["norm"] == "group",
              f"temperature={found['temperature']:g}": found["temperature"] != 10000,
+             f"decoder={found.get('decoder')!r} and its scores": "decoder" in found,
              "pre_norm=True": found["pre_norm"] and not pre_norm}
     if any(wrong.values()):
         reasons = ", ".join(reason for reason, holds in wrong.items() if holds)

@@ -15,15 +15,17 @@ from torch import Tensor, nn
 
 from detr_nb.annotations import Categories
 from detr_nb.backbone import Features
+from detr_nb.checkpoints import CheckpointError
 from detr_nb.config import PRESETS
 from detr_nb.criterion import SetCriterion
 from detr_nb.detr import DETR, Predictions, build_detr
 from detr_nb.distributed import UserError
 from detr_nb.engine import build_criterion, build_model
-from detr_nb.export import OnnxDETR, export_onnx
+from detr_nb.export import OnnxDETR, ProgramDETR, export_file, export_onnx
 from detr_nb.family import family_criterion
 from detr_nb.focal import SigmoidCriterion
 from detr_nb.groups import apart
+from detr_nb.layouts import to_released, to_transformers
 from detr_nb.matcher import match
 from detr_nb.pretrained import InClassesOf, load_detector, transfer_weights
 from detr_nb.shapes_set import write_shapes
@@ -344,11 +346,20 @@ def test_an_exported_variant_says_the_same(tmp_path):
     config = PRESETS["shapes"].but(**SMALL, **VARIANTS["all"])
     model, images = build_model(config, CLASSES).eval(), torch.randn(2, 3, 96, 128)
     recorded = OnnxDETR(export_onnx(model, tmp_path / "model.onnx"))
+    again = ProgramDETR(export_file(model, tmp_path / "model.pt2"))(images)
     with torch.no_grad():
         ours = model(images)
     found = recorded(images)
     assert torch.allclose(found.boxes[-1], ours.boxes[-1], atol=1e-4)
     assert torch.allclose(found.logits[-1], ours.logits[-1], atol=1e-4)
+    assert torch.allclose(again.probabilities(), ours.probabilities(), atol=1e-5) and found.sigmoid
+
+
+@pytest.mark.parametrize("write", [to_released, to_transformers])
+def test_a_variant_is_not_written_as_if_it_were_detr(write):
+    model = build_detr(CLASSES, "resnet18", **SMALL | {"nheads": 8}, decoder="dab", class_loss="focal", pretrained=None)
+    with pytest.raises(CheckpointError, match="decoder='dab'"):
+        write(model)
 
 
 @pytest.mark.parametrize("settings, message", [
