@@ -47,7 +47,7 @@ from detr_nb.layouts import from_transformers
 from detr_nb.shapes_set import write_shapes
 from detr_nb.transforms import output_size, paper_transform, scaled_lengths
 
-PAGE = """# Beside other implementations
+PAGE = """# Beside other code
 
 Ours and another implementation in turn, on equal work. A ratio is that of two neighbouring runs; here are the median of
 the ratios and their middle half. `make bench` writes this page.
