@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int8
 from torch import Tensor
 
 from detr_nb.detr import DETR, build_detr
@@ -21,8 +21,8 @@ LIMIT = 2_850_000  # bytes of the script: with the page it stays below three mil
 
 
 def in_eight_bits(
-    matrix: Float[Tensor, "outputs *rest"],
-) -> tuple[Float[Tensor, "outputs"], Tensor]:  # scales and int8: their product is the matrix again, nearly
+    matrix: Float[Tensor, "D ..."],
+) -> tuple[Float[Tensor, " D"], Int8[Tensor, "D ..."]]:  # scales and steps: their product is nearly the matrix
     "Each output's numbers as whole ones from -127 to 127, with a scale for each output."
     rows = matrix.float().flatten(1)
     scales = rows.abs().amax(1).clamp(min=1e-12) / 127

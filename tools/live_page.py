@@ -9,9 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "nbs"))
 
-from book_live import WEIGHTS, pack  # noqa: E402
+from book_live import WEIGHTS, pack
 
-from detr_nb.distributed import UserError  # noqa: E402
+from detr_nb.distributed import UserError
 
 
 def main() -> None:

@@ -19,8 +19,9 @@ function liveDetr() {
     for (const [name, shape] of packed.tensors) {
       const size = shape.reduce((a, b) => a * b, 1), row = size / shape[0];
       const scales = shape.length > 1 && take(Float32Array, shape[0]);
-      const values = take(scales ? Int8Array : Float32Array, size);
-      tensors[name] = { shape, values: Float64Array.from(values, (x, i) => scales ? x * scales[Math.floor(i / row)] : x) };
+      const values = new Float64Array(take(scales ? Int8Array : Float32Array, size));
+      for (let r = 0, i = 0; scales && r < shape[0]; r++) for (const end = i + row; i < end; i++) values[i] *= scales[r];
+      tensors[name] = { shape, values };
     }
     return { settings: packed.settings, tensors };
   }
@@ -110,8 +111,8 @@ function liveDetr() {
     const has = name => name in tensors, vector = name => tensors[name].values;
     const norm = name => ({ scale: vector(name + ".weight"), shift: vector(name + ".bias") });
     const range = (name, found = []) => { // the layers that are there: name.0, name.1, ...
-      while (Object.keys(tensors).some(key => key.startsWith(`${name}.${found.length}.`))) found.push(`${name}.${found.length}`);
-      return found;
+      const next = `${name}.${found.length}`;
+      return Object.keys(tensors).some(key => key.startsWith(next + ".")) ? range(name, [...found, next]) : found;
     };
 
     function product(matrix, bias, first = 0, last = tensors[matrix].shape[0]) {
@@ -119,7 +120,10 @@ function liveDetr() {
       const weights = panels(values, outputs, inputs, 4, (i, k) => (first + i) * inputs + k);
       return { weights, inputs, outputs, bias: bias && vector(bias).slice(first, last) };
     }
-    const apply = (layer, x) => multiply(panels(x, x.length / layer.inputs, layer.inputs, 2), x.length / layer.inputs, layer);
+    const apply = (layer, x) => {
+      const n = x.length / layer.inputs;
+      return multiply(panels(x, n, layer.inputs, 2), n, layer);
+    };
     const linear = name => {
       const layer = product(name + ".weight", name + ".bias");
       return x => apply(layer, x);
