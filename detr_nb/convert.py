@@ -26,6 +26,10 @@ from .segmentation import SegmentationDETR
 _logger = get_logger(__name__)
 
 # %% ../nbs/38_convert.ipynb #36cell06
+_KINDS = {"detr": ("detr", "Detr"), "conditional": ("conditional_detr", "ConditionalDetr"),
+          "dab": ("dab-detr", "DabDetr")}  # by decoder: how transformers calls the model, and its classes
+
+
 def _their_config(detector: LoadedDetector) -> dict[str, Any]:
     "The `config.json` of transformers."
     model = detector.model
@@ -39,15 +43,22 @@ def _their_config(detector: LoadedDetector) -> dict[str, Any]:
     backbone = {"use_timm_backbone": False, "backbone": None, "backbone_config": resnet}
     if found["dilation"]:
         backbone = {"use_timm_backbone": True, "backbone": found["backbone"], "dilation": True}
-    width = found["hidden_dim"]
+    width, decoder = found["hidden_dim"], found.get("decoder", "detr")
+    kind, classes = _KINDS[decoder]
+    sizes = {"d_model": width, "position_embedding_type": found["position_embedding"]}
+    if decoder == "dab":
+        waves = int(found["temperature"])  # they take whole numbers
+        sizes = {"hidden_size": width, "temperature_height": waves, "temperature_width": waves}
+        if waves != found["temperature"]:
+            raise CheckpointError(f"transformers takes whole temperatures, not {found['temperature']:g}: save the "
+                                  "model as a checkpoint of ours")
     if masks and any(size % min(8, size) for size in (width + found["nheads"], *(width >> k for k in range(1, 5)))):
         raise CheckpointError(f"the mask head of transformers has norms of eight groups, which hidden_dim={width} with "
                               f"nheads={found['nheads']} cannot be divided into: convert it without masks")
     halves = {f"{half}_{ours}": found[theirs] for half in ("encoder", "decoder") for ours, theirs in
               (("layers", f"{half[:3]}_layers"), ("attention_heads", "nheads"), ("ffn_dim", "dim_feedforward"))}
-    return {"model_type": "detr", "architectures": ["DetrForSegmentation" if masks else "DetrForObjectDetection"],
-            "use_pretrained_backbone": False, "d_model": found["hidden_dim"], "num_queries": found["num_queries"],
-            "position_embedding_type": found["position_embedding"], "dropout": found["dropout"],
+    return {"model_type": kind, "architectures": [f"{classes}For{'Segmentation' if masks else 'ObjectDetection'}"],
+            "use_pretrained_backbone": False, "num_queries": found["num_queries"], "dropout": found["dropout"], **sizes,
             "id2label": {str(place): name for place, name in enumerate(detector.names)},
             "label2id": {name: place for place, name in enumerate(detector.names)},
             "category_ids": list(detector.category_ids), **halves, **backbone}  # ids: for `load_detector`
@@ -59,7 +70,8 @@ def _their_preprocessing(detector: LoadedDetector) -> dict[str, Any]:
     if not short_side:
         raise CheckpointError("this model takes images as they are, which transformers cannot be told: train one with "
                               "--image_size")
-    return {"image_processor_type": "DetrImageProcessor", "format": "coco_detection", "do_resize": True,
+    kind = "ConditionalDetr" if getattr(detector.model, "sigmoid", False) else "Detr"  # which reads scores alike
+    return {"image_processor_type": f"{kind}ImageProcessor", "format": "coco_detection", "do_resize": True,
             "size": {"shortest_edge": short_side, "longest_edge": max_size}, "do_rescale": True, "do_normalize": True,
             "image_mean": list(mean), "image_std": list(std), "do_pad": True}
 

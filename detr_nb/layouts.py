@@ -8,13 +8,14 @@ __all__ = ['our_tensors', 'known_architecture', 'load_model', 'from_released', '
 import argparse
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from detr_nb.backbone import Backbone, TimmBackbone
 from detr_nb.checkpoints import RELEASED, CheckpointError, Contents, read_source
@@ -51,6 +52,8 @@ RESNET = [  # the same for the backbone, in the library's own ResNet
     ("backbone.body.conv1.", "model.backbone.model.embedder.embedder.convolution.", []),
     ("backbone.body.bn1.", "model.backbone.model.embedder.embedder.normalization.", []),
 ] + [(f"backbone.body.layer{s + 1}.", f"model.backbone.model.encoder.stages.{s}.layers.", BLOCK) for s in range(4)]
+PLACES = [("backbone.", "backbone.0.", []), ("position_encoding.", "backbone.1.", []),
+          ("query_embed.", "refpoint_embed.", [])]  # in the released code; the last is DAB-DETR's alone
 TIMM = [("backbone.body.", "model.backbone.model.", [])]  # timm gives torchvision's names
 MASKS = [  # the same for the mask head; older versions call it as the released code does
     (f"bbox_attention.{half}_linear.", f"bbox_attention.{half}_proj.", []) for half in "qk"
@@ -74,7 +77,7 @@ def _rename(name: str, table: list) -> str | None:
 
 def _reversed(table: list) -> list:
     "The table that renames the other way."
-    return [(theirs, ours, [(new, old) for old, new in parts]) for ours, theirs, parts in table]
+    return [(theirs, ours, [(new, old) for old, new in reversed(parts)]) for ours, theirs, parts in table]
 
 # %% ../nbs/21_layouts.ipynb #0656d830
 def _modern_name(name: str) -> str:
@@ -119,31 +122,36 @@ def _layout_of(contents: Contents) -> str:
     def some(*beginnings: str) -> bool:
         return any(name.startswith(beginnings) for name in names)
 
-    if some("model.encoder.layers.", "model.decoder.layers.") and some("model.backbone."):
-        return "transformers"
-    if some("transformer.encoder.layers.", "transformer.decoder.layers."):
-        if some("backbone.0.body."):
-            return "released"
-        if some("backbone.body.", "backbone.stem."):
-            return "detr_nb"
+    for layout, begins, *bodies in (("transformers", "model", "model.backbone."),
+                                    ("released", "transformer", "backbone.0.body."),
+                                    ("detr_nb", "transformer", "backbone.body.", "backbone.stem.")):
+        if some(f"{begins}.encoder.layers.", f"{begins}.decoder.layers.") and some(*bodies):
+            return layout
     raise CheckpointError(f"{contents.name} is of no layout known here (detr_nb, the released DETR, transformers' "
                           f"DetrForObjectDetection); its first tensors are {', '.join(list(contents.tensors)[:3])}")
 
 # %% ../nbs/21_layouts.ipynb #1f5aea61
-def _our_name(name: str, layout: str) -> str | None:
+def _decoder_of(names: Iterable[str]) -> str:
+    "Whose decoder tensors are of, in any layout: 'detr', or of its descendants 'conditional' or 'dab'."
+    heads = {head for name in names for head in (".decoder.query_scale.", ".ref_anchor_head.") if head in name}
+    return "dab" if ".ref_anchor_head." in heads else "conditional" if heads else "detr"
+
+
+def _table(decoder: str, *backbones: list) -> list:
+    "How a model's names begin here and in transformers; a later chapter has the descendants' decoders."
+    rows = sum(backbones, NAMES)
+    return rows if decoder == "detr" else import_module("detr_nb.family_layouts").family_rows(rows, decoder)
+
+
+def _our_name(name: str, layout: str, decoder: str = "detr") -> str | None:
     "What a tensor of a layout is called in our detector; None for a mask head's, which has no place there."
     if re.match(r"mask_head\.|bbox_attention\.", name):
         return None
     name = name.removeprefix("detr.")  # of a model with masks
-    if layout == "detr_nb":
-        return name
-    if layout == "released":
-        for theirs, ours in (("backbone.0.", "backbone."), ("backbone.1.", "position_encoding."),
-                             ("refpoint_embed.", "query_embed.")):  # the last is DAB-DETR's
-            name = name.replace(theirs, ours, 1)
-        return name
-    name = _modern_name(name)
-    return _rename(name, _reversed(NAMES + RESNET + TIMM)) or name
+    if layout == "transformers" and decoder != "dab":  # that one has kept its names
+        name = _modern_name(name)
+    tables = {"detr_nb": [], "released": PLACES, "transformers": _table(decoder, RESNET, TIMM)}
+    return _rename(name, _reversed(tables[layout])) or name
 
 # %% ../nbs/21_layouts.ipynb #b99042e6
 def our_tensors(
@@ -152,7 +160,7 @@ def our_tensors(
 ) -> dict[str, Tensor]:
     "The detector's tensors under our names; a mask head is left out, with a warning."
     layout = _layout_of(contents)
-    named = {name: _our_name(name, layout) for name in contents.tensors}
+    named = {name: _our_name(name, layout, _decoder_of(contents.tensors)) for name in contents.tensors}
     if None in named.values() and not masks:
         _logger.warning("%s is a model with masks: the detector is loaded, the mask head (%d tensors) is left out",
                         contents.name, list(named.values()).count(None))
@@ -174,12 +182,8 @@ def _mask_tensors(contents: Contents) -> dict[str, Tensor]:
     return head
 
 # %% ../nbs/21_layouts.ipynb #6b08e03f
-DEPTHS = {
-    ("conv2", 2, 2, 2, 2): "resnet18",
-    ("conv2", 3, 4, 6, 3): "resnet34",
-    ("conv3", 3, 4, 6, 3): "resnet50",
-    ("conv3", 3, 4, 23, 3): "resnet101",
-}  # the convolution that ends a block, and how many blocks the stages have
+DEPTHS = {("conv2", 2, 2, 2, 2): "resnet18", ("conv2", 3, 4, 6, 3): "resnet34", ("conv3", 3, 4, 6, 3): "resnet50",
+          ("conv3", 3, 4, 23, 3): "resnet101"}  # what ends a block, and how many blocks the stages have
 
 # %% ../nbs/21_layouts.ipynb #3561d685
 def _count_blocks(names: list[str], start: str) -> int:
@@ -218,9 +222,8 @@ def _read_architecture(
         "enc_layers": _count_blocks(names, "transformer.encoder.layers."),  # none is a DETR, too (table 2 of the paper)
         "dec_layers": _count_blocks(names, stack), "pre_norm": "transformer.encoder.norm.weight" in tensors,
         "position_embedding": "learned" if learned else "sine"}
-    if stack + "0.sa_v_proj.weight" in tensors:  # a descendant's, without no-object
-        dab = "transformer.decoder.ref_anchor_head.layers.0.weight" in tensors
-        found |= {"decoder": "dab" if dab else "conditional", "class_loss": "focal"}
+    if (decoder := _decoder_of(tensors)) != "detr":  # a descendant's, without no-object
+        found |= {"decoder": decoder, "class_loss": "focal"}
     lengths = {"num_classes": "class_embed.weight", "num_queries": "query_embed.weight",
                "hidden_dim": "input_proj.weight", "dim_feedforward": stack + "0.linear1.weight"}
     for key, name in lengths.items():
@@ -243,25 +246,27 @@ def _told(contents: Contents) -> dict[str, Any]:
                                   "load_state_dict, or give a checkpoint.pth of a run")
         return rest["architecture"]
     dc5 = "dc5" in re.split(r"[-_.]", Path(urlsplit(name).path).stem.lower())
-    dab = any(".ref_anchor_head." in tensor for tensor in contents.tensors)
-    found = {"nheads": 8, "dilation": dc5, "temperature": 20.0 if dab else 10000.0}
+    decoder = _decoder_of(contents.tensors)
+    found = {"nheads": 8, "dilation": dc5, "temperature": 20.0 if decoder == "dab" else 10000.0}
     flags = rest.get("args")  # of the released training, or of our `to_released`
     flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
     if isinstance(flags, Mapping):
         found |= {key: value for key, value in flags.items() if key in ("nheads", "dilation")}
-    return found | _told_by_transformers(rest.get("config.json", {}), name)
+    return found | _told_by_transformers(rest.get("config.json", {}), name, decoder)
 
 
-def _told_by_transformers(settings: Mapping, name: str) -> dict[str, Any]:
+def _told_by_transformers(settings: Mapping, name: str, kind: str) -> dict[str, Any]:
     "Heads and dilation from a `config.json`; raises `CheckpointError` for a model that cannot be built here."
-    activation = settings.get("activation_function", "relu")  # what a config.json leaves out is the paper's there
+    usual = "prelu" if kind == "dab" else "relu"  # what a config.json leaves out is the paper's there
+    activation = settings.get("activation_function", usual)
     encoder, decoder = (settings.get(f"{half}_attention_heads", 8) for half in ("encoder", "decoder"))
-    if activation != "relu" or encoder != decoder:
+    if activation != usual or encoder != decoder:
         raise CheckpointError(f"{name}: by its config.json the activation is {activation}, with {encoder} heads in the "
-                              f"encoder and {decoder} in the decoder; a DETR here has ReLUs, and as many heads in "
-                              "both: use it with transformers, or correct the file if it is wrong")
+                              f"encoder and {decoder} in the decoder; a DETR here has ReLUs (of DAB-DETR "
+                              "PReLUs), and as many heads in both: use it with transformers, or correct the file")
     theirs = {"nheads": "encoder_attention_heads", "dilation": "dilation"}
-    return {ours: settings[key] for ours, key in theirs.items() if key in settings}
+    found = {ours: settings[key] for ours, key in theirs.items() if key in settings}
+    return found | import_module("detr_nb.family_layouts").told_by_dab(settings, name) if kind == "dab" else found
 
 # %% ../nbs/21_layouts.ipynb #b59b9877
 def known_architecture(source: str | Path | Mapping | Contents) -> dict[str, Any]:
@@ -333,22 +338,26 @@ def architecture(model: DETR | SegmentationDETR) -> dict[str, Any]:
     } | getattr(model, "family", {})
 
 
-def _check_writable(model: DETR, where: str, pre_norm: bool) -> None:
-    "Raise `CheckpointError` for a model that another implementation cannot have."
-    found = architecture(model)
+def _check_writable(model: DETR, where: str, released: bool = False) -> str:
+    "The decoder whose names a model has elsewhere; raises `CheckpointError` for one that others cannot have."
+    found, family = architecture(model), getattr(model, "family", {})
+    decoder = family.get("decoder", "detr")
+    usual = 10000 if decoder != "dab" else 20 if released else found["temperature"]
     wrong = {f"backbone={found['backbone']!r}": found["backbone"] not in DEPTHS.values(),
              "norm='group'": found["norm"] == "group",
-             f"temperature={found['temperature']:g}": found["temperature"] != 10000,
-             f"decoder={found.get('decoder')!r} and its scores": "decoder" in found,
-             "pre_norm=True": found["pre_norm"] and not pre_norm}
+             f"temperature={found['temperature']:g}": found["temperature"] != usual,
+             "pre_norm=True": found["pre_norm"] and not (released and decoder == "detr")}
+    wrong |= import_module("detr_nb.family_layouts").ours_alone(family) if family else {}
     if any(wrong.values()):
         reasons = ", ".join(reason for reason, holds in wrong.items() if holds)
         raise CheckpointError(f"{where} has no model with {reasons}: save it as a checkpoint of ours")
+    return decoder
 
 # %% ../nbs/21_layouts.ipynb #b3329ada
-def _plain_tensors(model: nn.Module) -> dict[str, Tensor]:
-    "The state dict without batch norms' counts of training batches, which frozen norms do not have."
-    return {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+def _plain_tensors(model: DETR) -> dict[str, Tensor]:
+    "The state dict without batch norms' counts of batches, which frozen norms do not have; of groups the first."
+    tensors = {name: x for name, x in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+    return tensors | {"query_embed.weight": tensors["query_embed.weight"][: model.num_queries].clone()}
 
 # %% ../nbs/21_layouts.ipynb #5f6b3277
 def to_released(model: DETR | SegmentationDETR) -> dict[str, dict]:
@@ -358,12 +367,14 @@ def to_released(model: DETR | SegmentationDETR) -> dict[str, dict]:
         detector = {f"detr.{name}": tensor for name, tensor in inner["model"].items()}
         head = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("detr.")}
         return inner | {"model": OrderedDict(detector | head)}
-    _check_writable(model, "the released DETR", pre_norm=True)
+    decoder = _check_writable(model, "the released code", released=True)
     parts = ("transformer", "class_embed", "bbox_embed", "query_embed", "input_proj", "backbone", "position_encoding")
     tensors = _plain_tensors(model)
+    if decoder == "dab":  # whose decoder has the box head, too
+        tensors |= {f"transformer.decoder.{name}": x for name, x in tensors.items() if name.startswith("bbox_embed.")}
     ordered = [name for part in parts for name in tensors if name.startswith(f"{part}.")]
-    lists = {"backbone": "backbone.0", "position_encoding": "backbone.1"}  # two parts of one list there
-    released = {re.sub(r"^\w+", lambda part: lists.get(part[0], part[0]), name): tensors[name] for name in ordered}
+    table = PLACES if decoder == "dab" else PLACES[:2]
+    released = {_rename(name, table) or name: tensors[name] for name in ordered}
     return {"model": OrderedDict(released),
             "args": {key: architecture(model)[key] for key in ("nheads", "dilation")}}  # which no shape shows
 
@@ -376,11 +387,13 @@ def to_transformers(
 
     Raises `CheckpointError`. Heads and dilation stand in their configuration, not among the tensors."""
     if isinstance(model, SegmentationDETR):
+        if (decoder := _check_writable(model.detr, "transformers")) != "detr":
+            raise CheckpointError(f"transformers has no masks for decoder={decoder!r} here: convert it without masks")
         detector = {f"detr.{name}": tensor for name, tensor in to_transformers(model.detr, timm).items()}
         head = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("detr.")}
         return detector | {_rename(name, MASKS): tensor for name, tensor in head.items()}
-    _check_writable(model, "transformers", pre_norm=False)
-    table, tensors = NAMES + (TIMM if timm else RESNET), _split_projections(_plain_tensors(model))
+    table = _table(_check_writable(model, "transformers"), TIMM if timm else RESNET)
+    tensors = _split_projections(_plain_tensors(model))
     if added := [name for name in tensors if _rename(name, table) is None]:
         raise CheckpointError(f"transformers has no place for {', '.join(added)}: take these parts off the model")
     return {_rename(name, table): tensor for name, tensor in tensors.items()}

@@ -357,9 +357,12 @@ def test_an_exported_variant_says_the_same(tmp_path):
 
 @pytest.mark.parametrize("write", [to_released, to_transformers])
 def test_a_variant_is_not_written_as_if_it_were_detr(write):
-    model = build_detr(CLASSES, "resnet18", **SMALL | {"nheads": 8}, decoder="dab", class_loss="focal", pretrained=None)
-    with pytest.raises(CheckpointError, match="decoder='dab'"):
-        write(model)
+    for settings, reason in ((dict(decoder="detr", class_loss="focal"), "decoder='detr' and class_loss='focal'"),
+                             (dict(decoder="dab", temperature=20), "decoder='dab' and class_loss='ce'"),
+                             (dict(decoder="dab", class_loss="focal", box_bias="gauss"), "box_bias='gauss'")):
+        model = build_detr(CLASSES, "resnet18", **SMALL | {"nheads": 8}, **settings, pretrained=None)
+        with pytest.raises(CheckpointError, match=reason):
+            write(model)
 
 
 @pytest.mark.parametrize("settings, message", [
