@@ -236,3 +236,29 @@ def test_a_slow_cell_is_compared_when_its_flag_is_named(project):
     assert project("page", page=page).returncode == 0
     done = project("page", "--flags", "slow", page=page)
     assert done.returncode == 1 and "saved 1, now 2" in done.stdout
+
+
+def test_cells_are_marked_where_only_numbers_differ_and_then_pass(project, tmp_path):
+    page = notebook(("print('process', 2)", "process 1\n"), ("print('a disc')", "a ring\n"))
+    done = project("page", "--mark", page=page)
+    cells = json.loads((tmp_path / "nbs/page.ipynb").read_text())["cells"]
+    assert done.returncode == 1 and ["".join(cell["source"]).startswith("#| varies") for cell in cells] == [True, False]
+    done = project("page")
+    assert "cell0" not in done.stdout and "cell1: saved" in done.stdout
+
+
+def test_git_shows_a_notebook_as_text_without_its_pictures(tmp_path):
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for name in ("Makefile", ".gitattributes"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    page = notebook(("print(1)", ""))
+    page["cells"][0]["outputs"] = [{"data": {"image/png": 4000 * "A"}, "metadata": {}, "output_type": "display_data"}]
+    (tmp_path / "page.ipynb").write_text(json.dumps(page, indent=1))
+    for command in (["git", "init", "-q"], ["make", "-s", "diffs", f"VENV={sys.prefix}"], ["git", "add", "."],
+                    [*git, "commit", "-qm", "one"]):
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    page["cells"][0] |= {"source": ["print(2)"], "outputs": [{"data": {"image/png": 4000 * "B"}, "metadata": {},
+                                                              "output_type": "display_data"}]}
+    (tmp_path / "page.ipynb").write_text(json.dumps(page, indent=1))
+    shown = subprocess.run(["git", "diff"], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    assert "-print(1)" in shown and "+print(2)" in shown and "BBB" not in shown and shown.count("\n") < 25

@@ -50,13 +50,16 @@ def comments_of(source: str) -> dict[int, str]:
 
 
 def notes_of(args: ast.arguments, comments: dict[int, str]) -> dict[str, str]:
-    "The comment beside each parameter; one line's comment is that of its last parameter."
+    "The comment beside each parameter; of several on one line it is that of the last, or of the one that it names."
     places = [*args.posonlyargs, *args.args]
     defaults = dict(zip([part.arg for part in places][::-1], args.defaults[::-1]))
     defaults |= {part.arg: default for part, default in zip(args.kwonlyargs, args.kw_defaults) if default is not None}
     parts = [*places, *filter(None, [args.vararg]), *args.kwonlyargs, *filter(None, [args.kwarg])]
     last = {defaults.get(part.arg, part).end_lineno: part.arg for part in parts}
-    return {name: comments[line] for line, name in last.items() if line in comments}
+    found = {name: comments[line] for line, name in last.items() if line in comments}
+    named = {name: note.partition(": ") for name, note in found.items()}
+    return {first if first in {part.arg for part in parts} else name: rest if first in {part.arg for part in parts}
+            else found[name] for name, (first, _, rest) in named.items()}
 
 
 def signature_of(node: Function, comments: dict[int, str], bound: bool) -> tuple[str, list[str]]:

@@ -8,7 +8,8 @@
 Cells whose flag is not named keep the outputs they were saved with. `slow` cells read runs that `make test-slow`
 trains; `external` ones need images that are not part of the project. `--check` writes nothing. It fails where a cell
 fails, and where a cell says other words than it has saved, or numbers that another processor does not explain; times
-are not compared, nor are numbers of a cell marked `#| varies`, nor anything of one marked `#| varies: all`.
+are not compared, nor are numbers of a cell marked `#| varies`, nor anything of one marked `#| varies: all`. Where a
+page was run a minute ago and still differs, `--check --mark` marks those cells in which only numbers do.
 """
 import argparse
 import json
@@ -87,7 +88,7 @@ def execute(path: Path, flags: tuple[str, ...]) -> None:
     write_nb(notebook, path)
 
 
-def check(name: str, flags: tuple[str, ...]) -> tuple[float, list[str]]:
+def check(name: str, flags: tuple[str, ...], mark: bool = False) -> tuple[float, list[str]]:
     "Run a notebook and compare what its cells say with what they have saved; seconds, and what is wrong."
     path, start, wrong = ROOT / f"nbs/{name}.ipynb", time.perf_counter(), []
     os.environ["IN_TEST"] = "1"  # as nbdev_test sets it
@@ -96,21 +97,26 @@ def check(name: str, flags: tuple[str, ...]) -> tuple[float, list[str]]:
         saved, found = read_nb(path), run(path, flags)
         clean_nb(found)
         for old, new in zip(saved.cells, found.cells):
-            mark = extract_directives(old, remove=False) if old.cell_type == "code" else {}
+            marked = extract_directives(old, remove=False) if old.cell_type == "code" else {}
             texts = [saved_outputs.text_of(cell.get("outputs", [])) for cell in (old, new)]
-            if mark.get("varies:") != ["all"] and (change := saved_outputs.difference(*texts, "varies" not in mark)):
+            change = saved_outputs.difference(*texts, numbers="varies" not in marked)
+            if change and marked.get("varies:") != ["all"]:
                 wrong.append(f"cell {old.id}: {change}")
+                if mark and saved_outputs.difference(*texts, numbers=False) is None:
+                    old.source = f"#| varies\n{old.source}"
+        if mark and wrong:
+            write_nb(saved, path)
     except (SystemExit, Exception) as error:
         wrong.append(str(error) if isinstance(error, SystemExit) else traceback.format_exc())
     return time.perf_counter() - start, wrong
 
 
-def send_check(end, name: str, flags: tuple[str, ...]) -> None:
+def send_check(end, *arguments) -> None:
     "Check in a process of its own."
-    end.send(check(name, flags))
+    end.send(check(*arguments))
 
 
-def check_all(names: list[str], flags: tuple[str, ...], workers: int) -> None:
+def check_all(names: list[str], flags: tuple[str, ...], workers: int, mark: bool) -> None:
     "Check notebooks, `workers` at a time, each in a process of its own."
     import torchvision  # noqa: F401  once, for all of them
     from matplotlib import pyplot  # noqa: F401
@@ -121,7 +127,7 @@ def check_all(names: list[str], flags: tuple[str, ...], workers: int) -> None:
         while waiting and len(running) < workers:
             answer, end = context.Pipe(duplex=False)
             running[answer] = waiting[0]
-            context.Process(target=send_check, args=(end, waiting.pop(0), flags)).start()
+            context.Process(target=send_check, args=(end, waiting.pop(0), flags, mark)).start()
             end.close()
         for answer in wait(list(running)):
             name = running.pop(answer)
@@ -155,6 +161,7 @@ def main() -> None:
     parser.add_argument("--flags", nargs="*", default=(), help="also run cells with these flags (slow, external)")
     parser.add_argument("--export-only", action="store_true", help="do not execute")
     parser.add_argument("--check", action="store_true", help="run, compare and write nothing; without names, all")
+    parser.add_argument("--mark", action="store_true", help="with --check: mark cells in which only numbers differ")
     parser.add_argument("--shrink", action="store_true", help="only make saved pictures smaller; without names, all")
     parser.add_argument("--workers", type=int, default=1, help="notebooks checked at the same time")
     args = parser.parse_args()
@@ -163,7 +170,7 @@ def main() -> None:
         parser.error("name a chapter")
     every = names or sorted(path.stem for path in (ROOT / "nbs").glob("*.ipynb"))
     if args.check:
-        check_all(every, tuple(args.flags), args.workers)
+        check_all(every, tuple(args.flags), args.workers, args.mark)
     elif args.shrink:
         for path in (ROOT / f"nbs/{name}.ipynb" for name in every):
             before, notebook = path.stat().st_size, read_nb(path)

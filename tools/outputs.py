@@ -17,11 +17,12 @@ ROUNDING = 1e-5  # below it a number tells how far two results are apart; only t
 
 
 def text_of(outputs: list[dict]) -> str:
-    "All that a cell has printed or shown as text; where there is a picture, its textual twin says nothing."
+    "All that a cell has printed or shown as text, but for warnings: those are the machine's, and name its folders."
     texts = []
-    for output in outputs:
+    for output in (output for output in outputs if output.get("name") != "stderr"):
         data = output.get("data", {})
-        shown = data.get("text/plain", "") if not any(kind.startswith("image/") for kind in data) else ""
+        is_picture = any(kind.startswith("image/") for kind in data)  # its textual twin says nothing
+        shown = "" if is_picture else data.get("text/plain", "")
         texts.append("".join(output.get("text", "")) + "".join(shown))
     return "\n".join(texts)
 
