@@ -29,7 +29,14 @@ RUN_TESTS = MPLBACKEND=agg OMP_NUM_THREADS=$(THREADS) PATH="$(abspath $(BIN)):$$
 
 SETTING ?=
 
-.PHONY: help env train test test-slow test-machines test-book book bench race lint export check clean constraints
+.PHONY: help env chapter diffs train test test-slow test-machines test-book book bench race lint export check clean constraints
+
+# `make chapter NAME`: what stands after `chapter` are names of notebooks, not targets.
+ifeq (chapter,$(firstword $(MAKECMDGOALS)))
+CHAPTERS := $(wordlist 2,$(words $(MAKECMDGOALS)),$(MAKECMDGOALS))
+$(eval .PHONY: $(CHAPTERS))
+$(eval $(CHAPTERS):;@:)
+endif
 
 help: ## this list
 	@echo "detr_nb: a DETR you read, run and train"
@@ -47,21 +54,30 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@
 
+chapter: env ## make chapter NAME: sync its script, export its module, run it, clean it, check its style
+	@test -n "$(CHAPTERS)" || { echo "make: name a chapter: make chapter 02_boxes" >&2; exit 1; }
+	@PATH="$(abspath $(BIN)):$$PATH" python tools/chapter.py $(CHAPTERS) $(ARGS)
+	@$(BIN)/ruff check $(foreach name,$(CHAPTERS),nbs/$(name).ipynb)
+
+diffs: ## tell git in this clone to show notebooks as text, without their pictures
+	@git config diff.jupyter.textconv '"$(abspath $(BIN))/jupytext" --from ipynb --to py:percent --opt notebook_metadata_filter=-all --output -'
+	@git config diff.jupyter.cachetextconv true
+
 train: env ## train and evaluate (on the embedded set unless ARGS names another), on the GPU if there is one
 	@PATH="$(abspath $(BIN)):$$PATH" accelerate launch --config_file configs/accelerate/$(CONFIG).yaml \
 		$(if $(findstring one_cpu,$(CONFIG)),--num_cpu_threads_per_process $(CORES)) -m detr_nb.train $(ARGS)
 
-test: env ## run every chapter's cells as tests, then tests/
+test: env ## run every chapter, compare what its cells say with what is saved, then tests/
 	@start=$$SECONDS; \
-	echo "make: running the chapters, $(WORKERS) at a time"; \
-	$(RUN_TESTS) nbdev_test --n_workers $(WORKERS) --timing; \
+	echo "make: running the chapters, $(WORKERS) at a time; what they say must be what they have saved"; \
+	$(RUN_TESTS) python tools/chapter.py --check --workers $(WORKERS); \
 	echo "make: running tests/"; \
 	$(RUN_TESTS) pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder; \
 	echo "make: all chapters and tests passed in $$(( SECONDS - start )) s"
 
 test-slow: env $(RUNS) ## run the slow tests and the slow cells of the chapters as well; first trains what they read
 	@start=$$SECONDS; \
-	$(RUN_TESTS) nbdev_test --n_workers $(WORKERS) --timing --flags slow; \
+	$(RUN_TESTS) python tools/chapter.py --check --workers $(WORKERS) --flags slow; \
 	$(RUN_TESTS) pytest -m "not book" -n $(TESTERS) --dist loadfile --no-loadscope-reorder; \
 	echo "make: all chapters and tests, slow ones too, passed in $$(( SECONDS - start )) s"
 
