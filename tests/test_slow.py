@@ -41,12 +41,13 @@ def test_the_command_records_what_the_page_reads(tmp_path):
     shapes = write_shapes(tmp_path / "shapes", num_train=40, num_val=4, num_workers=1)
     model = build_model(PRESETS["shapes"], 6)
     save_checkpoint(tmp_path / "backbone.pth", {"format": "detr_nb", "version": 1, "model": model.state_dict()})
-    command = [sys.executable, "benchmarks/slow.py", "--only", "DETR", "anchors with a bias", "--steps", 1, "--short", 1,
-               "--backbone", tmp_path / "backbone.pth", "--shapes_path", shapes, "--output", tmp_path / "slow.json"]
+    names = ["DETR", "anchors with a bias"]
+    command = [sys.executable, "benchmarks/slow.py", "--steps", 1, "--short", 1, "--only", *names, "--backbone",
+               tmp_path / "backbone.pth", "--shapes_path", shapes, "--output", tmp_path / "slow.json"]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found, kept = (json.loads(path.read_text())["runs"] for path in (tmp_path / "slow.json", RECORD))
-    assert list(found) == ["DETR", "anchors with a bias"] and found.keys() <= kept.keys()
+    assert list(found) == names and found.keys() <= kept.keys()
     for name, run in found.items():
         (look,), counts = run["looks"], run["counts"]
         assert look.keys() == kept[name]["looks"][0].keys()
