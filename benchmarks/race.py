@@ -1,4 +1,4 @@
-"""What each idea after DETR gives on the embedded set: `make race` writes nbs/race.json, which chapter 45 draws.
+"""What each idea after DETR gives on the embedded set: `make race` writes nbs/race.json, which chapter 48 draws.
 
     python benchmarks/race.py                            # all variants, 14 epochs each: overnight
     python benchmarks/race.py --epochs 1 --limit_val 250 # the short form
