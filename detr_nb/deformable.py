@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .anchors import AnchorDecoder, Beginning
-from .backbone import Features, _shrink_padding, group_norm
+from .backbone import Features, SmallBackbone, _masked_group_norm, _shrink_padding, group_norm
 from .detr import Decoded, Predictions, in_full_precision
 from .distributed import UserError
 from .groups import fold
@@ -23,8 +23,6 @@ from .position_encoding import sine_code
 from .proposals import ProposalDETR
 from .sampling import DeformableAttention, Levels, lay_levels
 from .transformer import DecoderLayer
-
-
 
 # %% ../nbs/47_deformable.ipynb #7be2c63f
 class _SamplingLayer(DecoderLayer):
@@ -115,10 +113,16 @@ class _ManyMaps(ProposalDETR):
         self, images: Float[Tensor, "B 3 H W"], padding: Bool[Tensor, "B H W"] | None = None
     ) -> tuple[Decoded, Float[Tensor, "B S D"], Features]:
         "As in `DETR`, of several maps."
-        features = self.backbone(images, padding)
-        read = [*features.maps[-min(len(self.input_proj), 3):], features.maps[-1]]
-        maps = [project(x) for project, x in zip(self.input_proj, read)]
-        return *self.attend(maps, [_shrink_padding(padding, x.shape[-2:]) for x in maps]), features
+        features, last = self.backbone(images, padding), min(len(self.input_proj), 3)
+        maps = [conv(x) for (conv, _), x in zip(self.input_proj, (*features.maps[-last:], features.maps[-1]))]
+        paddings = [_shrink_padding(padding, x.shape[-2:]) for x in maps]
+        real = [None] * len(maps)
+        if padding is not None and isinstance(self.backbone, SmallBackbone):  # whose norms leave padding out, too
+            strides = (*self.backbone.strides[-last:], 2 * self.backbone.stride)
+            paddings = [padding[:, ::stride, ::stride] for stride, _ in zip(strides, maps)]
+            real = [~hidden[:, None] for hidden in paddings]
+        maps = [_masked_group_norm(x, norm, cells) for x, (_, norm), cells in zip(maps, self.input_proj, real)]
+        return *self.attend(maps, paddings), features
 
     def lay_out(
         self, projected: Sequence[Float[Tensor, "B D h w"]], padding: Sequence[Bool[Tensor, "B h w"] | None]
