@@ -172,14 +172,18 @@ class AnchorDecoder(ConditionalDecoder):
         for index, layer in enumerate(self.layers):
             boxes = raw.sigmoid()
             code = box_code(boxes, half)
-            size = self.ref_anchor_head(slots).sigmoid() / boxes[..., 2:]  # the width and height that are looked for
-            where = self.looking(index, slots, code[..., : 2 * half]) * size.flip(-1).repeat_interleave(half, dim=-1)
             seen = keep if near is None else near(index, boxes, slots, keep)
+            where = self.where(index, slots, boxes, code[..., : 2 * half])
             slots = layer(slots, self.ref_point_head(code), where, memory, positions, seen, groups)
             found.append(slots)
             references.append(raw + move(self.norm(slots) if self.pre_norm else slots))  # as answers are read
             raw = references[-1].detach()
         return self.norm(torch.stack(found)), torch.stack(references[:-1])
+
+    def where(self, index: int, slots: Tensor, boxes: Float[Tensor, "B Q 4"], code: Float[Tensor, "B Q D"]) -> Tensor:
+        "The code of the boxes' centres, stretched by the width and height that are looked for."
+        size = self.ref_anchor_head(slots).sigmoid() / boxes[..., 2:]
+        return self.looking(index, slots, code) * size.flip(-1).repeat_interleave(self.width // 2, dim=-1)
 
 # %% ../nbs/42_anchors.ipynb #c278bd9d
 class _AnchorEncoderLayer(_Activated, EncoderLayer):
@@ -230,12 +234,16 @@ class AnchorDETR(GroupedDETR):
         self, projected: Float[Tensor, "B D h w"], padding: Bool[Tensor, "B h w"] | None = None
     ) -> tuple[Decoded, Float[Tensor, "B S D"]]:
         "As in `DETR`."
-        tokens, positions = projected.flatten(2).transpose(1, 2), self.position_encoding(projected, padding)
-        keep, positions = keep_mask(None if padding is None else padding.flatten(1)), positions.to(tokens.dtype)
+        tokens, positions, keep = self.lay_out(projected, padding)
         memory = self.transformer.encoder(tokens, positions, keep)
         first, groups, extra, proposals = self.begin(memory, projected, padding)
         slots, references = self.transformer.decoder(first, memory, positions, keep, groups, **extra)
         return Decoded(slots, references, groups, proposals), memory
+
+    def lay_out(self, projected: Float[Tensor, "B D h w"], padding: Bool[Tensor, "B h w"] | None) -> tuple:
+        "Cells in a row, their places, and which of them may be looked at."
+        tokens, positions = projected.flatten(2).transpose(1, 2), self.position_encoding(projected, padding)
+        return tokens, positions.to(tokens.dtype), keep_mask(None if padding is None else padding.flatten(1))
 
     def begin(
         self, memory: Float[Tensor, "B S D"], projected: Float[Tensor, "B D h w"], padding: Bool[Tensor, "B h w"] | None

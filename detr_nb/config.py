@@ -70,11 +70,14 @@ class ModelConfig:
     num_queries: int = 100  # objects that can be found in one image (paper: 100)
     pre_norm: bool = False  # normalise before attention, not after (paper: no)
     # what came after DETR, in the last part of the book. How queries look: conditional, with a point; dab, with a box
-    decoder: Literal["detr", "conditional", "dab"] = "detr"
+    # deformable, at a few spots around a point; dab_deformable, in a box
+    decoder: Literal["detr", "conditional", "dab", "deformable", "dab_deformable"] = "detr"
+    num_feature_levels: int = 1  # with deformable decoders: maps that are looked at (Deformable DETR: 4)
+    with_box_refine: bool = False  # with deformable: every layer mends the boxes of the one before, by heads of its own
     query_groups: int = 1  # sets of queries that learn side by side, of which the first is kept (Group DETR: 11)
     # with dab: attention's scores get a bias, a Gaussian beside the box, or a learned function of its edges
     box_bias: Literal["none", "gauss", "rpb"] = "none"
-    two_stage: bool = False  # with dab: queries begin with boxes that the encoder proposes
+    two_stage: bool = False  # with dab or deformable decoders: queries begin with boxes that the encoder proposes
     masks: bool = False  # also paint a mask for each object (paper: in a second training)
     # smallest probability of a class that gives a segment in the panoptic evaluation (paper: 0.85)
     panoptic_threshold: float = 0.85
@@ -103,6 +106,7 @@ class OptimizerConfig:
     "Batches, rates and their schedule."
     lr: float = 1e-4  # learning rate of the transformer (paper: 1e-4)
     lr_backbone: float = 1e-5  # learning rate of the backbone; 0 freezes it (paper: 1e-5)
+    lr_linear_proj_mult: float = 0.1  # of deformable attention's places: their rate, as a share of lr
     lr_masks: float = 1e-4  # learning rate of the mask head, always by AdamW (paper: 1e-4)
     lr_muon: float = 0.01  # learning rate of what steps by Muon
     # muon: convolutions and linear layers step by Muon, the rest by AdamW (paper: adamw)
@@ -217,6 +221,11 @@ PRESETS["conditional"] = PRESETS["paper"].but(**_AFTER | {"temperature": 10000},
                                               class_loss="focal")
 PRESETS["dab"] = PRESETS["paper"].but(**_AFTER, decoder="dab", class_loss="focal")
 PRESETS["group_dab"] = PRESETS["dab"].but(query_groups=11, epochs=12, lr_drop=11)
+PRESETS["deformable"] = PRESETS["paper"].but(
+    **_AFTER | {"temperature": 10000}, decoder="deformable", class_loss="focal", num_feature_levels=4,
+    dim_feedforward=1024, lr=2e-4, lr_backbone=2e-5)
+PRESETS["deformable_refine"] = PRESETS["deformable"].but(with_box_refine=True)
+PRESETS["deformable_two_stage"] = PRESETS["deformable_refine"].but(two_stage=True)
 PRESETS["shapes_dab"] = PRESETS["shapes"].but(
     epochs=7, decoder="dab", box_bias="rpb", two_stage=True, class_loss="ia_bce", repeat_targets=4, set_cost_class=2,
     cls_loss_coef=2, bbox_loss_coef=5, giou_loss_coef=2,

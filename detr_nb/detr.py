@@ -95,7 +95,7 @@ class DETR(nn.Module):
         super().__init__()
         if num_classes < 1 or num_queries < 1:
             raise UserError(f"DETR needs at least one class and one query, got {num_classes=} and {num_queries=}")
-        width = transformer.decoder.norm.normalized_shape[0]
+        width = transformer.decoder.layers[0].linear1.in_features
         self.backbone, self.transformer, self.position_encoding = backbone, transformer, position_encoding
         self.input_proj = nn.Conv2d(backbone.num_channels, width, kernel_size=1)
         self.query_embed = nn.Embedding(num_queries, width)

@@ -60,6 +60,9 @@ def check_settings(config: Config) -> None:
     if config.model.masks and (config.model.query_groups > 1 or config.model.two_stage):
         raise UserError("masks are learned by one group of queries with boxes of their own: --query_groups 1, and no "
                         "--two_stage")
+    if config.model.masks and "deformable" in config.model.decoder:
+        raise UserError(f"masks are painted from one map that attention has weighed as a whole, and --decoder "
+                        f"{config.model.decoder} looks at a few spots of it: --decoder detr, conditional or dab")
     if config.panoptic and config.loss.class_loss != "ce":
         raise UserError("panoptic maps leave out queries by their no-object: --class_loss ce")
     if run.eval:
@@ -85,7 +88,8 @@ def choose_transform(config: Config, train: bool) -> Transform:
     return paper_transform(train, scale=(config.data.image_size or 800) / 800, exact=config.data.exact_resize)
 
 # %% ../nbs/28_engine.ipynb #29a61fce
-_DETR = {"decoder": "detr", "query_groups": 1, "box_bias": "none", "two_stage": False, "class_loss": "ce"}
+_DETR = {"decoder": "detr", "query_groups": 1, "box_bias": "none", "two_stage": False, "class_loss": "ce",
+         "num_feature_levels": 1, "with_box_refine": False}
 
 
 def build_model(config: Config, num_classes: int) -> DETR | SegmentationDETR:
@@ -126,6 +130,8 @@ def build_criterion(config: Config, num_classes: int) -> SetCriterion:
 def _parameter_groups(model: nn.Module, config: Config) -> list[dict]:
     "Groups with rates of their own: in the paper the backbone learns ten times slower (Carion et al. 2020, A.4)."
     groups = {"rest": {"params": [], "base_lr": config.optimizer.lr, "muon": False},
+              "places": {"params": [], "base_lr": config.optimizer.lr * config.optimizer.lr_linear_proj_mult,
+                         "muon": False},
               "backbone": {"params": [], "base_lr": config.optimizer.lr_backbone, "muon": False},
               "masks": {"params": [], "base_lr": config.optimizer.lr_masks, "muon": False},
               "matrices": {"params": [], "base_lr": config.optimizer.lr_muon, "muon": True},
@@ -139,6 +145,8 @@ def _parameter_groups(model: nn.Module, config: Config) -> list[dict]:
         by_muon = config.optimizer.optimizer == "muon" and parameter.ndim > 1 and own
         if by_muon and not ("embed" in name or head):  # queries are "embed"
             place = "projections" if "in_proj" in name else "matrices"  # queries', keys' and values' matrices in one
+        if "sampling_offsets" in name or "reference_points" in name:
+            place = "places"
         if parameter.requires_grad:
             groups[place]["params"].append(parameter)
     return [group for group in groups.values() if group["params"]]

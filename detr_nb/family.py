@@ -10,6 +10,7 @@ from torch import nn
 
 from .anchors import AnchorDecoder, AnchorDETR, AnchorEncoder, ConditionalDecoder
 from .criterion import SetCriterion
+from .deformable import BoxDecoder, DeformableDETR, PointDecoder
 from .distributed import UserError
 from .focal import SigmoidScores
 from .groups import GroupedDETR, OneToMany
@@ -17,17 +18,32 @@ from .proposals import ProposalDETR
 from .transformer import Transformer
 
 # %% ../nbs/48_family.ipynb #c698dfdb
-def _check_family(decoder: str, box_bias: str, two_stage: bool, sigmoid: bool) -> None:
+_DEFORMABLE = ("deformable", "dab_deformable")
+_DECODERS = {"conditional": ConditionalDecoder, "dab": AnchorDecoder, "deformable": PointDecoder,
+             "dab_deformable": BoxDecoder}
+
+
+def _check_family(
+    decoder: str, box_bias: str, two_stage: bool, sigmoid: bool, levels: int, refine: bool, groups: int
+) -> None:
     "Raise `UserError` for ideas that do not go together, and say why."
-    if decoder != "dab":
-        for flag, value in (("--box_bias", box_bias != "none"), ("--two_stage", two_stage)):
-            if value:
-                raise UserError(f"{flag} needs --decoder dab: the queries of --decoder {decoder} are no boxes")
+    needs = {  # flag: whether it is asked for, the decoders that have it, why the others do not
+        "--box_bias": (box_bias != "none", ("dab",), "a bias is for boxes as queries that weigh all cells"),
+        "--two_stage": (two_stage, ("dab", *_DEFORMABLE), "its queries are no boxes"),
+        "--num_feature_levels": (levels > 1, _DEFORMABLE, "all others weigh all cells, and four maps have many"),
+        "--with_box_refine": (refine, ("deformable",), "with dab boxes are mended anyway, and the rest has none"),
+    }
+    for flag, (asked, decoders, reason) in needs.items():
+        if asked and decoder not in decoders:
+            raise UserError(f"{flag} needs --decoder {' or '.join(decoders)}, not {decoder}: {reason}")
+    if decoder == "deformable" and two_stage and (groups > 1 or not refine):
+        raise UserError("--decoder deformable with --two_stage makes queries of the boxes alone: --query_groups 1, "
+                        "or all are alike, and --with_box_refine; or --decoder dab_deformable")
     if two_stage and not sigmoid:
         raise UserError("--two_stage ranks cells by their surest class: give a --class_loss other than ce, whose "
                         "no-object takes part in every probability")
 
-
+# %% ../nbs/48_family.ipynb #48build02
 def build_family(
     backbone: nn.Module,
     position_encoding: nn.Module,
@@ -36,30 +52,34 @@ def build_family(
     dec_layers: int,
     num_classes: int,
     num_queries: int,  # of each group
-    decoder: Literal["detr", "conditional", "dab"] = "detr",
+    decoder: Literal["detr", "conditional", "dab", "deformable", "dab_deformable"] = "detr",
     query_groups: int = 1,
     box_bias: Literal["none", "gauss", "rpb"] = "none",
     two_stage: bool = False,
     class_loss: Literal["ce", "focal", "ia_bce", "vfl", "mal"] = "ce",  # ce: with no-object
+    num_feature_levels: int = 1,
+    with_box_refine: bool = False,
 ) -> GroupedDETR:
     "A DETR with the ideas that came after it; raises `UserError` for those that do not go together."
     sigmoid = class_loss != "ce"
-    _check_family(decoder, box_bias, two_stage, sigmoid)
+    _check_family(decoder, box_bias, two_stage, sigmoid, num_feature_levels, with_box_refine, query_groups)
     width, heads, dim_feedforward, dropout, pre_norm = layer.values()
     transformer = Transformer(width, heads, enc_layers, dec_layers, dim_feedforward, dropout, pre_norm)
     if decoder == "dab":
         transformer.encoder = AnchorEncoder(enc_layers, **layer)
     if decoder != "detr":
-        transformer.decoder = (AnchorDecoder if decoder == "dab" else ConditionalDecoder)(dec_layers, **layer)
+        transformer.decoder = _DECODERS[decoder](dec_layers, **layer)
         for parameter in transformer.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
+    spots = dict(num_feature_levels=num_feature_levels, with_box_refine=with_box_refine)
     kind, ideas = {"detr": (GroupedDETR, {}), "conditional": (AnchorDETR, {}), "dab": (
-        ProposalDETR, dict(box_bias=box_bias, two_stage=two_stage))}[decoder]
+        ProposalDETR, dict(box_bias=box_bias, two_stage=two_stage))}.get(
+            decoder, (DeformableDETR, spots | {"two_stage": two_stage}))
     model = kind(backbone, transformer, position_encoding, num_classes=num_classes, num_queries=num_queries,
                  query_groups=query_groups, sigmoid=sigmoid, **ideas)
-    model.family = dict(num_classes=num_classes, num_queries=num_queries, decoder=decoder, query_groups=query_groups,
-                        box_bias=box_bias, two_stage=two_stage, class_loss=class_loss)
+    model.family = spots | dict(num_classes=num_classes, num_queries=num_queries, decoder=decoder, two_stage=two_stage,
+                                query_groups=query_groups, box_bias=box_bias, class_loss=class_loss)
     return model
 
 # %% ../nbs/48_family.ipynb #69bbfee6

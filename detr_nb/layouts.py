@@ -165,6 +165,8 @@ def our_tensors(
         _logger.warning("%s is a model with masks: the detector is loaded, the mask head (%d tensors) is left out",
                         contents.name, list(named.values()).count(None))
     tensors = {ours: contents.tensors[name] for name, ours in named.items() if ours}
+    if layout != "detr_nb" and any("sampling_offsets" in name for name in tensors):
+        tensors = import_module("detr_nb.deformable").our_names(tensors, layout == "released")
     if layout != "detr_nb":  # frozen norms count no batches; DAB-DETR's decoder holds the box head a second time
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")
                    and not name.startswith("transformer.decoder.bbox_embed.")}
@@ -224,8 +226,11 @@ def _read_architecture(
         "position_embedding": "learned" if learned else "sine"}
     if (decoder := _decoder_of(tensors)) != "detr":  # a descendant's, without no-object
         found |= {"decoder": decoder, "class_loss": "focal"}
+    spots = "level_embed" in tensors
+    found |= import_module("detr_nb.deformable").told_by_names(tensors) if spots else {}
+    width = "input_proj.0.0.weight" if spots else "input_proj.weight"
     lengths = {"num_classes": "class_embed.weight", "num_queries": "query_embed.weight",
-               "hidden_dim": "input_proj.weight", "dim_feedforward": stack + "0.linear1.weight"}
+               "hidden_dim": width, "dim_feedforward": stack + "0.linear1.weight"}
     for key, name in lengths.items():
         if name in tensors:
             found[key] = len(tensors[name]) - (key == "num_classes" and "decoder" not in found)  # last row: no-object

@@ -82,7 +82,7 @@ class NearbyDETR(AnchorDETR):
     def __init__(self, *parts: nn.Module, box_bias: str = "none", **settings):  # "none", or a key of `BOX_BIASES`
         super().__init__(*parts, **settings)
         layers, width = self.transformer.decoder.layers, self.transformer.decoder.width
-        heads = layers[0].cross_attn.heads
+        heads = layers[0].self_attn.heads
         self.box_bias = nn.ModuleList(BOX_BIASES[box_bias](width, heads) for _ in layers if box_bias != "none")
 
     def begin(

@@ -27,12 +27,13 @@ def sine_code(
 def _normalized_places(
     padding: Bool[Tensor, "B H W"],  # True on padded cells
     dtype: torch.dtype = torch.float32,
+    shift: float = 0.0,  # cells that are taken off before dividing
 ) -> tuple[Float[Tensor, "B H W"], Float[Tensor, "B H W"]]:  # rows y and columns x, 2 pi at an image's last cell
     "Where each cell lies in its own image: real cells counted from the edge, divided by their number, times 2 pi."
     real = ~padding
     y, x = real.cumsum(1, dtype=dtype), real.cumsum(2, dtype=dtype)
-    y = y / (y[:, -1:, :] + 1e-6) * (2 * math.pi)
-    x = x / (x[:, :, -1:] + 1e-6) * (2 * math.pi)
+    y = (y - shift) / (y[:, -1:, :] + 1e-6) * (2 * math.pi)
+    x = (x - shift) / (x[:, :, -1:] + 1e-6) * (2 * math.pi)
     return y, x
 
 # %% ../nbs/11_position_encoding.ipynb #273961f9
@@ -53,6 +54,7 @@ def _join_axes(
 # %% ../nbs/11_position_encoding.ipynb #7975a3b6
 class SinePositionEncoding(nn.Module):
     "A fixed address for every cell of a feature map (Carion et al. 2020, A.4): its row's code, its column's code."
+    shift = 0.0  # a cell is where it ends; with 0.5 where its middle is, as in Deformable DETR
 
     def __init__(
         self,
@@ -73,9 +75,10 @@ class SinePositionEncoding(nn.Module):
         half = self.hidden_dim // 2
         if padding is None:
             bare = torch.zeros(1, *features.shape[-2:], dtype=torch.bool, device=features.device)
-            y, x = _normalized_places(bare[:, :, :1], dtype)[0], _normalized_places(bare[:, :1, :], dtype)[1]
+            rows, columns = bare[:, :, :1], bare[:, :1, :]
+            y, x = (_normalized_places(line, dtype, self.shift)[axis] for axis, line in enumerate((rows, columns)))
         else:
-            y, x = _normalized_places(padding, dtype)
+            y, x = _normalized_places(padding, dtype, self.shift)
         return _join_axes(sine_code(y, half, self.temperature), sine_code(x, half, self.temperature))
 
 # %% ../nbs/11_position_encoding.ipynb #f70bde7a

@@ -34,12 +34,19 @@ class ProposalDETR(NearbyDETR):
     ) -> tuple[Float[Tensor, "B S C"], Float[Tensor, "B S 4"]]:  # logits of classes; logits of shares
         "What each cell says: a class, and a box around itself."
         tokens = self.enc_output_norm(self.enc_output(memory))
+        start, silent = self.start(projected, padding)
+        logits = in_full_precision(self.enc_class_embed, tokens)
+        boxes = start.clamp(0.01, 0.99).logit() + in_full_precision(self.enc_bbox_embed, tokens)
+        return logits if silent is None else logits.masked_fill(silent[..., None], -20.0), boxes
+
+    def start(
+        self, projected: Float[Tensor, "B D h w"], padding: Bool[Tensor, "B h w"] | None
+    ) -> tuple[Float[Tensor, "b S 4"], Bool[Tensor, "B S"] | None]:
+        "The box of each cell before anything is learned, and which cells propose nothing."
         y, x = cell_centres(projected, padding)
         centres = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1).flatten(1, 2)
-        start = torch.cat([centres, torch.full_like(centres, self.side)], dim=-1).clamp(0.01, 0.99).logit()
-        logits = in_full_precision(self.enc_class_embed, tokens)
-        boxes = start + in_full_precision(self.enc_bbox_embed, tokens)
-        return logits if padding is None else logits.masked_fill(padding.flatten(1)[..., None], -20.0), boxes
+        boxes = torch.cat([centres, torch.full_like(centres, self.side)], dim=-1)
+        return boxes, None if padding is None else padding.flatten(1)
 
     def begin(
         self, memory: Float[Tensor, "B S D"], projected: Float[Tensor, "B D h w"], padding: Bool[Tensor, "B h w"] | None

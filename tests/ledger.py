@@ -85,6 +85,10 @@ COMPONENTS = {
            ("logits and boxes", "absolute"), ("losses", "relative"), ("gradient of all weights", "norm"))},
     **{f"class_loss {name}": Component("relative", {"float64": 1e-10}, ("transformers",))
        for name in ("focal", "ia_bce", "vfl", "mal")},
+    **{f"deformable, {kind}, {what}": Component(measure, {"float64": 1e-10}, ("transformers",))
+       for kind in ("one level", "four levels", "refined", "two stages") for what, measure in (
+           ("logits and boxes", "absolute"), ("losses", "relative"), ("gradient of all weights", "norm"))},
+    "deformable attention": Component("absolute", {"float64": 1e-10}, ("plain torch",)),
     "groups, pairs that differ": Component("absolute", {"float64": 0}, ("transformers",)),
     "groups, losses": Component("relative", {"float64": 1e-10}, ("plain torch",)),
     "box_bias, attention": Component("absolute", {"float64": 1e-10}, ("plain torch",)),

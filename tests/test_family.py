@@ -269,6 +269,12 @@ VARIANTS = {
     "conditional": dict(decoder="conditional", class_loss="vfl", query_groups=2),
     "dab": dict(decoder="dab", class_loss="ia_bce", box_bias="gauss"),
     "dab_ce": dict(decoder="dab", query_groups=2),
+    "deformable": dict(decoder="deformable", class_loss="focal", num_feature_levels=3, query_groups=2),
+    "refined": dict(decoder="deformable", num_feature_levels=4, with_box_refine=True),
+    "deformable_two_stage": dict(decoder="deformable", class_loss="focal", num_feature_levels=2, with_box_refine=True,
+                                 two_stage=True),
+    "dab_deformable": dict(decoder="dab_deformable", class_loss="ia_bce", num_feature_levels=2, two_stage=True,
+                           repeat_targets=2, query_groups=2),
     "all": dict(decoder="dab", class_loss="mal", box_bias="rpb", two_stage=True, repeat_targets=3, query_groups=2),
 }
 SMALL = dict(hidden_dim=32, nheads=4, enc_layers=1, dec_layers=2, dim_feedforward=64, num_queries=6)
@@ -283,7 +289,8 @@ def test_a_variant_learns_everything_and_is_built_again_from_its_file(name, tmp_
     torch.manual_seed(0)
     model, criterion = build_model(config, CLASSES).train(), build_criterion(config, CLASSES)
     images, targets = torch.randn(IMAGES), make_targets([3, 1], torch.float32, CLASSES)
-    for layer in (m.layers[-1] for n, m in model.named_modules() if n in ("bbox_embed", "enc_bbox_embed")):
+    for layer in (m.layers[-1] for n, m in model.named_modules() if re.fullmatch(
+            r"(enc_)?bbox_embed|early_bbox_embed\.\d", n)):
         nn.init.normal_(layer.weight, std=0.1)  # some begin at zero, before which nothing learns
     losses = criterion(model(images), targets)
     assert {n for n in losses if n.endswith("_enc")} == ({f"loss_{n}_enc" for n in ("ce", "bbox", "giou")} if
@@ -380,7 +387,7 @@ def test_presets_have_the_papers_settings():
     assert PRESETS["group_dab"].model.query_groups == 11 and PRESETS["dab"].model.temperature == 20
 
 
-@pytest.mark.parametrize("name", ["conditional", "dab_ce", "all"])
+@pytest.mark.parametrize("name", ["conditional", "dab_ce", "deformable", "refined", "dab_deformable", "all"])
 def test_two_processes_of_a_variant_are_one_run(name, tmp_path):
     "In float64, as for DETR; both runs evaluate, write checkpoints and draw."
     shapes = write_shapes(tmp_path / "shapes", num_train=32, num_val=4, num_workers=1)
