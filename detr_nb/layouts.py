@@ -148,8 +148,7 @@ def _our_name(name: str, layout: str, decoder: str = "detr") -> str | None:
     if re.match(r"mask_head\.|bbox_attention\.", name):
         return None
     name = name.removeprefix("detr.")  # of a model with masks
-    if layout == "transformers" and decoder != "dab":  # that one has kept its names
-        name = _modern_name(name)
+    name = _modern_name(name) if layout == "transformers" and decoder != "dab" else name  # DAB-DETR kept its names
     tables = {"detr_nb": [], "released": PLACES, "transformers": _table(decoder, RESNET, TIMM)}
     return _rename(name, _reversed(tables[layout])) or name
 
@@ -228,9 +227,8 @@ def _read_architecture(
         found |= {"decoder": decoder, "class_loss": "focal"}
     spots = "level_embed" in tensors
     found |= import_module("detr_nb.deformable").told_by_names(tensors) if spots else {}
-    width = "input_proj.0.0.weight" if spots else "input_proj.weight"
-    lengths = {"num_classes": "class_embed.weight", "num_queries": "query_embed.weight",
-               "hidden_dim": width, "dim_feedforward": stack + "0.linear1.weight"}
+    lengths = {"num_classes": "class_embed.weight", "num_queries": "query_embed.weight", "dim_feedforward":
+               stack + "0.linear1.weight", "hidden_dim": "input_proj.0.0.weight" if spots else "input_proj.weight"}
     for key, name in lengths.items():
         if name in tensors:
             found[key] = len(tensors[name]) - (key == "num_classes" and "decoder" not in found)  # last row: no-object
@@ -253,10 +251,9 @@ def _told(contents: Contents) -> dict[str, Any]:
     dc5 = "dc5" in re.split(r"[-_.]", Path(urlsplit(name).path).stem.lower())
     decoder = _decoder_of(contents.tensors)
     found = {"nheads": 8, "dilation": dc5, "temperature": 20.0 if decoder == "dab" else 10000.0}
-    flags = rest.get("args")  # of the released training, or of our `to_released`
+    flags = rest.get("args") or {}  # of the released training, or of our `to_released`
     flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
-    if isinstance(flags, Mapping):
-        found |= {key: value for key, value in flags.items() if key in ("nheads", "dilation")}
+    found |= {key: flags[key] for key in ("nheads", "dilation") if key in flags}
     return found | _told_by_transformers(rest.get("config.json", {}), name, decoder)
 
 
@@ -266,11 +263,11 @@ def _told_by_transformers(settings: Mapping, name: str, kind: str) -> dict[str, 
     activation = settings.get("activation_function", usual)
     encoder, decoder = (settings.get(f"{half}_attention_heads", 8) for half in ("encoder", "decoder"))
     if activation != usual or encoder != decoder:
-        raise CheckpointError(f"{name}: by its config.json the activation is {activation}, with {encoder} heads in the "
-                              f"encoder and {decoder} in the decoder; a DETR here has ReLUs (of DAB-DETR "
-                              "PReLUs), and as many heads in both: use it with transformers, or correct the file")
-    theirs = {"nheads": "encoder_attention_heads", "dilation": "dilation"}
-    found = {ours: settings[key] for ours, key in theirs.items() if key in settings}
+        raise CheckpointError(f"{name}: by its config.json the activation is {activation}, with {encoder} and "
+                              f"{decoder} heads; a DETR here has ReLUs (of DAB-DETR PReLUs) and as many heads in both "
+                              "halves: use it with transformers, or correct the file")
+    found = {ours: settings[theirs] for ours, theirs in (
+        ("nheads", "encoder_attention_heads"), ("dilation", "dilation")) if theirs in settings}
     return found | import_module("detr_nb.family_layouts").told_by_dab(settings, name) if kind == "dab" else found
 
 # %% ../nbs/21_layouts.ipynb #b59b9877
@@ -336,8 +333,7 @@ def architecture(model: DETR | SegmentationDETR) -> dict[str, Any]:
     layer, positions, body = model.transformer.decoder.layers[0], model.position_encoding, model.backbone
     of_timm = {"backbone": body.name, "norm": body.norm} if isinstance(body, TimmBackbone) else {}
     return _read_architecture(model.state_dict()) | of_timm | {
-        "nheads": layer.self_attn.heads,
-        "dropout": layer.dropout.p,
+        "nheads": layer.self_attn.heads, "dropout": layer.dropout.p,
         "temperature": float(getattr(positions, "temperature", 10000)),
         "dilation": isinstance(body, Backbone | TimmBackbone) and body.stride == 16 and "@" not in str(of_timm),
     } | getattr(model, "family", {})
