@@ -57,6 +57,6 @@ def told_by_dab(settings: Mapping, name: str) -> dict[str, Any]:
 def ours_alone(family: Mapping[str, Any]) -> dict[str, bool]:  # by what it is: whether it is no one else's
     "Which settings of `build_family` have no place in other people's models."
     decoder, loss = family["decoder"], family["class_loss"]
-    known = ("num_classes", "num_queries", "query_groups", "decoder", "class_loss")
-    return {f"decoder={decoder!r} and class_loss={loss!r}": (decoder == "detr") != (loss == "ce")} | {
+    known = ("num_classes", "num_queries", "query_groups", "decoder", "class_loss", "num_feature_levels")
+    return {f"decoder={decoder!r}": decoder == "deformable", f"decoder={decoder!r} and class_loss={loss!r}": (decoder == "detr") != (loss == "ce")} | {
         f"{key}={value!r}": value not in ("none", 0) for key, value in family.items() if key not in known}
