@@ -263,9 +263,9 @@ def _told_by_transformers(settings: Mapping, name: str, kind: str) -> dict[str, 
     activation = settings.get("activation_function", usual)
     encoder, decoder = (settings.get(f"{half}_attention_heads", 8) for half in ("encoder", "decoder"))
     if activation != usual or encoder != decoder:
-        raise CheckpointError(f"{name}: by its config.json the activation is {activation}, with {encoder} and "
-                              f"{decoder} heads; a DETR here has ReLUs (of DAB-DETR PReLUs) and as many heads in both "
-                              "halves: use it with transformers, or correct the file")
+        raise CheckpointError(f"{name}: by its config.json the activation is {activation}, with {encoder} heads in "
+                              f"the encoder and {decoder} in the decoder; a DETR here has ReLUs (of DAB-DETR PReLUs), "
+                              "and as many heads in both: use it with transformers, or correct the file")
     found = {ours: settings[theirs] for ours, theirs in (
         ("nheads", "encoder_attention_heads"), ("dilation", "dilation")) if theirs in settings}
     return found | import_module("detr_nb.family_layouts").told_by_dab(settings, name) if kind == "dab" else found
