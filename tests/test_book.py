@@ -2,8 +2,12 @@
 
 It takes the Chromium named by `BROWSER`, else one that is installed, and says so where there is none.
 """
+import ast
+import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
@@ -96,3 +100,68 @@ def is_dead(link: str, names: dict[str, set[str]]) -> bool:
     if not path.exists():
         return True
     return bool(anchor) and path.name in names and unquote(anchor) not in names[path.name]
+
+
+def public_names() -> set[str]:
+    "Every exported name, with its module's."
+    found = set()
+    for path in (PAGES.parents[2] / "detr_nb").glob("[!_]*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                found |= {f"detr_nb.{path.stem}.{name}" for name in ast.literal_eval(node.value)}
+    return found
+
+
+def test_the_search_index_has_every_public_name():
+    text = (PAGES / "searchindex.js").read_text(encoding="utf-8")
+    objects = json.loads(text[text.index("{"):text.rindex("}") + 1])["objects"]
+    indexed = {f"{prefix}.{entry[4]}" for prefix, entries in objects.items() for entry in entries}
+    names = public_names()
+    assert len(names) > 300 and names - indexed == set()
+
+
+@pytest.mark.parametrize("name", ["generalized_box_iou", "SetCriterion", "collate"])
+def test_who_searches_for_a_function_is_led_to_it(browser, name):
+    page = browser.new_page()
+    page.goto((PAGES / "search.html").as_uri() + f"?q={name}")
+    links = page.locator("#search-results li a")
+    links.first.wait_for(timeout=20_000)
+    targets = [link.get_attribute("href") for link in links.all()]
+    assert any(target.startswith("api.html#detr_nb.") and target.endswith(f".{name}") for target in targets), targets
+    page.close()
+
+
+def test_in_the_dark_theme_figures_lie_on_white_in_their_own_colours(browser):
+    context = browser.new_context(color_scheme="dark")
+    page, wrong = context.new_page(), []
+    for path in sorted(PAGES.glob("*.html")):
+        page.goto(path.as_uri())
+        assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+        wrong += page.evaluate("""() => [...document.querySelectorAll('main img')]
+            .map(i => [getComputedStyle(i), i.alt])
+            .filter(([s]) => s.backgroundColor !== 'rgb(255, 255, 255)' || /contrast|invert|hue/.test(s.filter))
+            .map(([s, alt]) => `${location.pathname}: ${alt}: ${s.backgroundColor} ${s.filter}`)""")
+    context.close()
+    assert not wrong, wrong[:5]
+
+
+def test_a_book_with_an_address_has_a_button_for_colab_on_every_notebook(tmp_path):
+    book, tools = tmp_path / "nbs", PAGES.parents[2] / "tools"
+    book.mkdir()
+    shutil.copytree(tools, tmp_path / "tools")
+    shutil.copytree(PAGES.parents[1] / "_static", book / "_static")
+    config = (PAGES.parents[1] / "_config.yml").read_text().replace('&address ""', "&address https://github.com/someone/book")
+    (book / "_config.yml").write_text(config.replace("bibtex_bibfiles: [references.bib]", ""))
+    (book / "_toc.yml").write_text("format: jb-book\nroot: page\n")
+    cells = [{"cell_type": "markdown", "id": "a", "metadata": {}, "source": ["# A page"]}]
+    cells += [{"cell_type": "code", "execution_count": None, "id": "b", "metadata": {}, "outputs": [],
+               "source": [source]} for source in ("#| hide\nsecret = 1", "shown = 2")]
+    kernel = {"display_name": "python3", "language": "python", "name": "python3"}
+    (book / "page.ipynb").write_text(json.dumps({"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4,
+                                                 "nbformat_minor": 5}))
+    build = [str(Path(sys.executable).with_name("jupyter-book")), "build", str(book), "-q"]
+    done = subprocess.run(build, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    page = (book / "_build/html/page.html").read_text()
+    assert "https://colab.research.google.com/github/someone/book/blob/main/nbs/page.ipynb" in page
+    assert "shown" in page and "secret" not in page
