@@ -16,7 +16,7 @@ import pytest
 PAGES = Path(__file__).resolve().parent.parent / "nbs/_build/html"
 BROWSER = os.environ.get("BROWSER") or next(filter(None, map(shutil.which, (
     "chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-SIZES = {"desk": (1280, 900), "phone": (390, 844)}  # in CSS pixels
+SIZES = {"desk": (1280, 900), "phone": (390, 844), "dark": (1280, 900)}  # in CSS pixels
 pytestmark = [
     pytest.mark.book,
     pytest.mark.skipif(BROWSER is None, reason="no Chromium found: install one, or name it in BROWSER"),
@@ -56,11 +56,11 @@ def browser():
         browser.close()
 
 
-def visit(browser, path: Path, size: tuple[int, int]) -> dict:
-    "What a page shows, asks for and says, and what axe-core finds, at a width."
+def visit(browser, path: Path, size: tuple[int, int], scheme: str = "light") -> dict:
+    "What a page shows, asks for and says, and what axe-core finds, at a width and in a theme."
     from axe_playwright_python.sync_playwright import Axe
 
-    context = browser.new_context(viewport={"width": size[0], "height": size[1]})
+    context = browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
     page, asked, said = context.new_page(), [], []
     page.on("request", lambda request: asked.append(request.url))
     page.on("console", lambda message: said.append(message.text))
@@ -80,7 +80,7 @@ def visit(browser, path: Path, size: tuple[int, int]) -> dict:
 @pytest.mark.parametrize("width", SIZES)
 def test_every_page_opens_without_a_network_and_without_a_fault(browser, width):
     pages = sorted(PAGES.glob("*.html"))
-    seen = {path.name: visit(browser, path, SIZES[width]) for path in pages}
+    seen = {path.name: visit(browser, path, SIZES[width], "dark" if width == "dark" else "light") for path in pages}
     names = {page: set(found["names"]) for page, found in seen.items()}
     for found in seen.values():
         found["dead"] = [link for link in found.pop("links") if is_dead(link, names)]
