@@ -313,3 +313,10 @@ def test_the_worked_example_of_contributing_does_what_it_says():
              "answer": Predictions(torch.zeros(1, 1, 1, 2), box.view(1, 1, 1, 4))}
     exec(loss + check, names)
     assert names["losses"][1.0] == pytest.approx(np.log(2) + 0.5)
+
+
+def test_the_book_weighs_less_than_14_megabytes():
+    files = [path for path in (ROOT / "nbs").rglob("*") if path.is_file()
+             and not {"_build", "_py", "runs", ".ipynb_checkpoints", "__pycache__"} & set(path.parts)]
+    weight = sum(path.stat().st_size for path in files)
+    assert weight < 14e6, f"{weight / 1e6:.1f} MB: python tools/chapter.py --shrink makes saved pictures smaller"
