@@ -10,11 +10,16 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from detr_nb.batching import Targets
+from detr_nb.detr import Predictions
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -200,19 +205,18 @@ def notebook(*cells: tuple[str, str]) -> dict:
 
 @pytest.fixture
 def project(tmp_path):
-    "A copy of the project in which there is no chapter yet; returns a function that checks notebooks."
-    for name in ("settings.ini", "pyproject.toml"):
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    "A copy of the project in which there is no chapter yet; returns a function that writes notebooks and checks them."
     for folder in ("nbs", "tools", "detr_nb"):
         (tmp_path / folder).mkdir()
-    for name in ("chapter.py", "outputs.py"):
-        (tmp_path / "tools" / name).write_bytes((ROOT / "tools" / name).read_bytes())
+    for name in ("settings.ini", "pyproject.toml", "tools/chapter.py", "tools/outputs.py", "nbs/_config.yml"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     (tmp_path / "detr_nb/__init__.py").write_text('__version__ = "0.1.0"\n')
 
     def check(*options: str, **notebooks: dict) -> subprocess.CompletedProcess:
         for name, content in notebooks.items():
             (tmp_path / f"nbs/{name}.ipynb").write_text(json.dumps(content))
-        return subprocess.run([sys.executable, "tools/chapter.py", "--check", *options], cwd=tmp_path, timeout=900,
+        task = [] if "--colab" in options else ["--check"]
+        return subprocess.run([sys.executable, "tools/chapter.py", *task, *options], cwd=tmp_path, timeout=900,
                               capture_output=True, text=True)
     return check
 
@@ -262,3 +266,57 @@ def test_git_shows_a_notebook_as_text_without_its_pictures(tmp_path):
     (tmp_path / "page.ipynb").write_text(json.dumps(page, indent=1))
     shown = subprocess.run(["git", "diff"], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
     assert "-print(1)" in shown and "+print(2)" in shown and "BBB" not in shown and shown.count("\n") < 25
+
+
+def test_a_published_notebook_begins_with_a_cell_that_does_something_on_colab_alone(project, tmp_path):
+    config, path = tmp_path / "nbs/_config.yml", tmp_path / "nbs/page.ipynb"
+    text = config.read_text()
+    config.write_text(text.replace('&address ""', "&address https://example.org/someone/book"))
+    assert project("--colab", page=notebook(("print('a')", "a\n"))).returncode == 0
+    cells = json.loads(path.read_text())["cells"]
+    first = "".join(cells[0]["source"])
+    assert "https://example.org/someone/book" in first and first.startswith("#| hide") and len(cells) == 2
+    assert project("--colab").returncode == 0 and len(json.loads(path.read_text())["cells"]) == 2
+    done = project("page")  # runs it
+    assert done.returncode == 0, done.stdout
+    config.write_text(text)
+    assert project("--colab").returncode == 0 and [cell["id"] for cell in json.loads(path.read_text())["cells"]] == [
+        "cell0"]
+
+
+def test_notebooks_have_that_cell_if_and_only_if_the_book_has_an_address():
+    address = re.search(r'^  url: &address "?([^"\n]*)', (ROOT / "nbs/_config.yml").read_text(), re.MULTILINE)[1]
+    for path in (ROOT / "nbs").glob("*.ipynb"):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        ids = [cell["id"] for cell in cells]
+        assert "colab" not in ids[1:] and (ids[0] == "colab") == bool(address), f"{path.name}: tools/chapter.py --colab"
+        assert not address or address in "".join(cells[0]["source"])
+
+
+def test_the_map_of_the_code_has_every_module_once_and_every_target_and_file_that_is_named_exists():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [^|`]+ \| (`[^|]+) \|$", text.split("## A map of the code")[1], re.MULTILINE)
+    listed = [name for row in rows for name in re.findall(r"`(\w+)`", re.sub(r"\([^)]*\)", "", row))]
+    assert sorted(listed) == MODULES
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z-]+)", text)) - {"it"} <= targets
+    paths = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+    paths += re.findall(r"`((?:tools|tests|benchmarks|nbs)/(?!_py)[\w./]+\.(?:py|yml|ipynb))`", text)
+    assert len(paths) > 8 and [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_the_worked_example_of_contributing_does_what_it_says():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    loss, check = (textwrap.dedent(block) for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    box, size = torch.tensor([[0.5, 0.5, 0.4, 0.4]]), torch.tensor([[128, 128]])
+    names = {"one": Targets(torch.tensor([0]), box, torch.tensor([1]), torch.tensor([7]), size, size),
+             "answer": Predictions(torch.zeros(1, 1, 1, 2), box.view(1, 1, 1, 4))}
+    exec(loss + check, names)
+    assert names["losses"][1.0] == pytest.approx(np.log(2) + 0.5)
+
+
+def test_the_book_weighs_less_than_14_megabytes():
+    files = [path for path in (ROOT / "nbs").rglob("*") if path.is_file()
+             and not {"_build", "_py", "runs", ".ipynb_checkpoints", "__pycache__"} & set(path.parts)]
+    weight = sum(path.stat().st_size for path in files)
+    assert weight < 14e6, f"{weight / 1e6:.1f} MB: python tools/chapter.py --shrink makes saved pictures smaller"

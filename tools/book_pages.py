@@ -9,7 +9,9 @@ from docutils import nodes
 from latex2mathml.converter import convert
 
 OTHERS_SCRIPTS = re.compile(r"thebe|mathjax", re.IGNORECASE)  # they ask other servers, and declare a constant twice
+PARAMETERS = r"(?s)<dl>((?:\s*<dd>(?:(?!</?d[dl]>).)*</dd>)+)\s*</dl>"  # a signature of many lines
 MENDS = (
+    (PARAMETERS, lambda found: '<span class="sig-lines">' + re.sub("<(/?)dd>", r"<\1span>", found[1]) + "</span>"),
     (r'(<button class="[^"]*search-button-field[^>]*?) aria-label="Search"', r"\1"),  # it is labelled by what it shows
     (r'role="doc-biblioentry"', 'role="listitem"'),  # a list may hold nothing else
     (r'<div (class="sidebar-primary-item">\s*<a class="navbar-brand)', r'<div role="banner" \1'),
@@ -30,6 +32,13 @@ def visit_math_block(self, node: nodes.math_block) -> None:
     name = f' id="{node["ids"][0]}"' if node.get("ids") else ""
     self.body.append(f'<div class="math-block" tabindex="0"{name}>{convert(node.astext(), display="block")}</div>')
     raise nodes.SkipNode
+
+
+def leave_out_buttons(app, config) -> None:
+    "A book without an address has no buttons that lead there; the theme would fail."
+    if not config.html_theme_options.get("repository_url"):
+        for name in ("repository_url", "launch_buttons"):
+            config.html_theme_options.pop(name, None)
 
 
 def leave_out_scripts(app, pagename, templatename, context, doctree) -> None:
@@ -53,6 +62,7 @@ def mend_pages(app, error) -> None:
 
 def setup(app):
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
+    app.connect("config-inited", leave_out_buttons, priority=100)
     app.connect("html-page-context", leave_out_scripts, priority=900)
     app.connect("build-finished", mend_pages)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -25,9 +25,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 os.chdir(ROOT)
 os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+COLAB = """#| hide
+import sys
+
+if "google.colab" in sys.modules:  # fetch the book and install its package; elsewhere both are here
+    get_ipython().system("git clone -q --depth 1 -b {branch} {url} /content/book && pip install -q /content/book")
+    get_ipython().run_line_magic("cd", "-q /content/book/nbs")"""
 KERNEL = {"display_name": "python3", "language": "python", "name": "python3"}
 
 import outputs as saved_outputs  # noqa: E402
+import yaml  # noqa: E402
 from execnb.nbio import read_nb, write_nb  # noqa: E402
 from execnb.shell import CaptureShell  # noqa: E402
 from nbdev.clean import clean_nb, nbdev_clean  # noqa: E402
@@ -53,6 +60,21 @@ def name_kernel(path: Path) -> None:
     notebook = json.loads(path.read_text(encoding="utf-8"))
     if notebook["metadata"].get("kernelspec") != KERNEL:
         notebook["metadata"]["kernelspec"] = KERNEL
+        path.write_text(json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def set_colab(path: Path) -> None:
+    "Begin a notebook with a cell for Colab where `_config.yml` names a repository, and without one where it does not."
+    config = yaml.safe_load((ROOT / "nbs/_config.yml").read_text(encoding="utf-8"))
+    repository = {"url": None, "branch": "main"} | (config.get("repository") or {})
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["id"] != "colab"]
+    if repository["url"]:
+        source = COLAB.format(**repository).splitlines(keepends=True)
+        cells.insert(0, {"cell_type": "code", "execution_count": None, "id": "colab", "metadata": {}, "outputs": [],
+                         "source": source})
+    if cells != notebook["cells"]:
+        notebook["cells"] = cells
         path.write_text(json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -149,6 +171,7 @@ def bring_up_to_date(name: str, flags: tuple[str, ...], export_only: bool) -> No
     if not export_only:
         execute(path, flags)
     name_kernel(path)
+    set_colab(path)
     nbdev_clean(fname=path)
     sync(name)
     print(f"{path.relative_to(ROOT)}: {'exported' if export_only else 'exported and executed'}"
@@ -163,10 +186,12 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="run, compare and write nothing; without names, all")
     parser.add_argument("--mark", action="store_true", help="with --check: mark cells in which only numbers differ")
     parser.add_argument("--shrink", action="store_true", help="only make saved pictures smaller; without names, all")
+    parser.add_argument("--colab", action="store_true", help="only put in, or take out, the cell for Colab")
     parser.add_argument("--workers", type=int, default=1, help="notebooks checked at the same time")
     args = parser.parse_args()
     names = [Path(name).stem for name in args.chapters]
-    if not names and not (args.check or args.shrink):
+    alone = args.check or args.shrink or args.colab
+    if not names and not alone:
         parser.error("name a chapter")
     every = names or sorted(path.stem for path in (ROOT / "nbs").glob("*.ipynb"))
     if args.check:
@@ -177,7 +202,10 @@ def main() -> None:
             saved_outputs.shrink(notebook)
             write_nb(notebook, path)
             print(f"{path.name}: {before / 1000:.0f} kB, now {path.stat().st_size / 1000:.0f} kB")
-    for name in () if args.check or args.shrink else names:
+    elif args.colab:
+        for name in every:
+            set_colab(ROOT / f"nbs/{name}.ipynb")
+    for name in () if alone else names:
         if len(names) == 1:
             bring_up_to_date(name, tuple(args.flags), args.export_only)
         else:  # each in a process of its own, as a reader would run it
