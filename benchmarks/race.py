@@ -28,8 +28,8 @@ VARIANTS = {  # each adds one idea to the one before
     "anchors, IA-BCE": f"--decoder dab {SIGMOID}",
     "anchors, IA-BCE, bias": f"--decoder dab {SIGMOID} --box_bias rpb",
     "anchors, IA-BCE, bias, proposals": f"--decoder dab {SIGMOID} --box_bias rpb --two_stage "
-                                        "--repeat_targets 4",
-    "and three groups": f"--decoder dab {SIGMOID} --box_bias rpb --two_stage --repeat_targets 4 "
+                                        "--repeat_proposals 4",
+    "and three groups": f"--decoder dab {SIGMOID} --box_bias rpb --two_stage --repeat_proposals 4 "
                         "--query_groups 3",
 }
 

@@ -98,7 +98,8 @@ class LossConfig:
     cls_loss_coef: float = 1  # of the classes in the loss (paper: 1; with class_loss focal 2)
     # ce: a softmax with no-object (paper); else each class by itself, with a score that knows the box, but for focal
     class_loss: Literal["ce", "focal", "ia_bce", "vfl", "mal"] = "ce"
-    repeat_targets: int = 1  # with two_stage: cells of the encoder that learn from each object
+    repeat_targets: int = 1  # answers that learn from each object in every layer but the last (Align-DETR: 2)
+    repeat_proposals: int = 1  # with two_stage: cells of the encoder that learn from each object
 
 # %% ../nbs/27_config.ipynb #de68142a
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ PRESETS["deformable"] = PRESETS["paper"].but(
 PRESETS["deformable_refine"] = PRESETS["deformable"].but(with_box_refine=True)
 PRESETS["deformable_two_stage"] = PRESETS["deformable_refine"].but(two_stage=True)
 PRESETS["shapes_dab"] = PRESETS["shapes"].but(
-    epochs=7, decoder="dab", box_bias="rpb", two_stage=True, class_loss="ia_bce", repeat_targets=4, set_cost_class=2,
+    epochs=7, decoder="dab", box_bias="rpb", two_stage=True, class_loss="ia_bce", repeat_proposals=4, set_cost_class=2,
     cls_loss_coef=2, bbox_loss_coef=5, giou_loss_coef=2,
 )  # the embedded set with half of the steps
 _SHAPES_MASKS = dict(lr_masks=2e-3, lr_muon=0.005, warmup_steps=100, epochs=9, panoptic_threshold=0.35)

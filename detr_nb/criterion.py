@@ -52,7 +52,9 @@ def box_losses(
     shared, around = torch.mul(*(mean_size - reach).clamp(min=0)), torch.mul(*(mean_size + reach))
     union = predicted[2] * predicted[3] + wanted[2] * wanted[3] - shared
     overlap = shared / safe_divisor(union) - (around - union) / safe_divisor(around)
-    return torch.stack([apart.sum(0), 1 - overlap]).view(2, layers, len(chosen) // layers).sum(-1)
+    losses = torch.stack([apart.sum(0), 1 - overlap])
+    losses = losses if matches.weight is None else losses * matches.weight
+    return losses.view(2, layers, len(chosen) // layers).sum(-1)
 
 # %% ../nbs/15_criterion.ipynb #92d45b20
 @torch.no_grad()

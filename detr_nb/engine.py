@@ -63,6 +63,9 @@ def check_settings(config: Config) -> None:
     if config.model.masks and "deformable" in config.model.decoder:
         raise UserError(f"masks are painted from one map that attention has weighed as a whole, and --decoder "
                         f"{config.model.decoder} looks at a few spots of it: --decoder detr, conditional or dab")
+    if config.loss.repeat_targets > 1 and (config.loss.class_loss == "ce" or config.model.masks):
+        raise UserError("--repeat_targets lets the worse answers count less, which a --class_loss other than ce can be "
+                        "told, and masks cannot")
     if config.panoptic and config.loss.class_loss != "ce":
         raise UserError("panoptic maps leave out queries by their no-object: --class_loss ce")
     if run.eval:
@@ -118,13 +121,13 @@ def _freeze_unused(backbone: TimmBackbone) -> None:
 def build_criterion(config: Config, num_classes: int) -> SetCriterion:
     "The loss that a configuration describes."
     weights, kind = asdict(config.loss), MaskCriterion if config.model.masks else SetCriterion
-    class_loss, repeat_targets, _ = (weights.pop(name) for name in ("class_loss", "repeat_targets", "aux_loss"))
+    kinds = {name: weights.pop(name) for name in ("class_loss", "repeat_targets", "repeat_proposals")}
+    del weights["aux_loss"]
     if not config.model.masks:
         del weights["mask_loss_coef"], weights["dice_loss_coef"]
-    if class_loss == "ce" and config.model.query_groups == 1:
+    if kinds["class_loss"] == "ce" and config.model.query_groups == 1:
         return kind(num_classes, **weights)
-    family = import_module("detr_nb.family")
-    return family.family_criterion(kind, class_loss, repeat_targets, num_classes=num_classes, **weights)
+    return import_module("detr_nb.family").family_criterion(kind, **kinds, num_classes=num_classes, **weights)
 
 # %% ../nbs/28_engine.ipynb #15853b2e
 def _parameter_groups(model: nn.Module, config: Config) -> list[dict]:

@@ -86,10 +86,12 @@ def build_family(
 def family_criterion(
     kind: type[SetCriterion],  # that, or the one with masks
     class_loss: str,  # "ce", or one of `SigmoidScores`
-    repeat_targets: int,  # answers of the encoder's cells for each object
+    repeat_targets: int,  # answers for each object in all layers but the last
+    repeat_proposals: int,  # the same of the encoder's cells
     **settings: float,  # those of `kind`
 ) -> SetCriterion:
     "The criterion of DETR with the scores, groups and proposals of its family."
     sigmoid = {} if class_loss == "ce" else {"class_loss": class_loss}
     parts = (OneToMany, SigmoidScores, kind) if sigmoid else (OneToMany, kind)
-    return type("FamilyCriterion", parts, {})(repeat_targets=repeat_targets, **sigmoid, **settings)
+    return type("FamilyCriterion", parts, {})(repeat_targets=repeat_targets, repeat_proposals=repeat_proposals, **sigmoid,
+                                              **settings)

@@ -5,9 +5,11 @@ __all__ = ['family_rows', 'told_by_dab', 'ours_alone']
 
 # %% ../nbs/49_family_layouts.ipynb #2ae21a7e
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 from .checkpoints import CheckpointError
+from .family import build_family
 from .layouts import HALVES
 
 # %% ../nbs/49_family_layouts.ipynb #d807a41f
@@ -57,6 +59,8 @@ def told_by_dab(settings: Mapping, name: str) -> dict[str, Any]:
 def ours_alone(family: Mapping[str, Any]) -> dict[str, bool]:  # by what it is: whether it is no one else's
     "Which settings of `build_family` have no place in other people's models."
     decoder, loss = family["decoder"], family["class_loss"]
-    known = ("num_classes", "num_queries", "query_groups", "decoder", "class_loss", "num_feature_levels")
-    return {f"decoder={decoder!r}": decoder == "deformable", f"decoder={decoder!r} and class_loss={loss!r}": (decoder == "detr") != (loss == "ce")} | {
-        f"{key}={value!r}": value not in ("none", 0) for key, value in family.items() if key not in known}
+    odd = decoder not in ("detr", "conditional", "dab") or (decoder == "detr") != (loss == "ce")
+    known = ("num_classes", "num_queries", "query_groups", "decoder", "class_loss")
+    usual = {name: parameter.default for name, parameter in signature(build_family).parameters.items()}
+    return {f"decoder={decoder!r} and class_loss={loss!r}": odd} | {
+        f"{key}={value!r}": value != usual.get(key, value) for key, value in family.items() if key not in known}

@@ -25,6 +25,7 @@ class Matches(NamedTuple):
     image: Int[Tensor, "P"]  # position of the image in the batch, 0..B-1
     query: Int[Tensor, "P"]  # 0..Q-1
     target: Int[Tensor, "P"]  # position of the object in the packed targets, 0..N-1
+    weight = None  # no field: where pairs do not count alike in the loss, a later chapter sets it
 
     def of_layer(self, layer: int) -> "Matches":
         "The pairs of one decoder layer."

@@ -20,11 +20,11 @@ from detr_nb.config import PRESETS
 from detr_nb.criterion import SetCriterion
 from detr_nb.detr import DETR, Predictions, build_detr
 from detr_nb.distributed import UserError
-from detr_nb.engine import build_criterion, build_model
+from detr_nb.engine import build_criterion, build_model, check_settings
 from detr_nb.export import OnnxDETR, ProgramDETR, export_file, export_onnx
 from detr_nb.family import family_criterion
 from detr_nb.focal import SigmoidCriterion
-from detr_nb.groups import apart
+from detr_nb.groups import apart, repeat
 from detr_nb.layouts import to_released, to_transformers
 from detr_nb.matcher import match
 from detr_nb.pretrained import InClassesOf, load_detector, transfer_weights
@@ -226,12 +226,93 @@ def test_groups_are_matched_as_in_transformers(ledger, in_float64):
 
 def test_the_loss_of_groups_is_the_mean_of_their_losses(ledger, in_float64):
     targets, predictions = make_targets([3, 2], torch.float64, CLASSES), random_answers(groups=3, layers=2)
-    ours = family_criterion(SetCriterion, "ia_bce", 1, num_classes=CLASSES)(predictions, targets)
+    ours = family_criterion(SetCriterion, "ia_bce", 1, 1, num_classes=CLASSES)(predictions, targets)
     parts = zip(*(x.split(QUERIES, dim=2) for x in predictions[:2]))
     each = [SigmoidCriterion(CLASSES, class_loss="ia_bce")(Predictions(*part), targets) for part in parts]
     for name in ("loss_ce", "loss_bbox_0", "loss_giou"):
         mean = torch.stack([losses[name] for losses in each]).mean()
         ledger.compare("groups, losses", ours[name], mean, ledgers.PLAIN)
+
+
+def overlap_of(a: Tensor, b: Tensor) -> Tensor:
+    "IoU of two boxes (cx, cy, w, h), in plain torch."
+    low, high = torch.maximum(a[:2] - a[2:] / 2, b[:2] - b[2:] / 2), torch.minimum(a[:2] + a[2:] / 2, b[:2] + b[2:] / 2)
+    shared = (high - low).clamp(min=0).prod()
+    return shared / (a[2:].prod() + b[2:].prod() - shared)
+
+
+@pytest.mark.parametrize("name, power", [("ia_bce", 2), ("mal", 1.5)])
+def test_repeated_targets_are_a_plain_loop_over_layers_objects_and_answers(in_float64, name, power):
+    "Two of the three layers have two answers for an object, of which the worse counts exp(-1 / 1.5)."
+    targets, predictions = make_targets([3, 0, 2], torch.float64, CLASSES), random_answers(layers=3)
+    predictions = predictions._replace(logits=torch.cat([predictions.logits, predictions.logits[:, :1] + 1], 1),
+                                       boxes=torch.cat([predictions.boxes, predictions.boxes[:, :1] * 0.9], 1))
+    criterion = family_criterion(SetCriterion, name, 2, 1, num_classes=CLASSES)
+    losses = criterion(predictions, targets)
+    given = criterion(predictions, targets, criterion.normalizers(targets.counts, QUERIES, torch.float64))
+    last = SigmoidCriterion(CLASSES, class_loss=name)(predictions.last_layer(), targets)
+    for part in ("loss_ce", "loss_bbox", "loss_giou"):
+        torch.testing.assert_close(losses[part], last[part], rtol=1e-12, atol=0)
+        torch.testing.assert_close(losses[f"{part}_1"], given[f"{part}_1"], rtol=1e-12, atol=0)
+    first = [0, 3, 3, 5]
+    for layer in (0, 1):
+        own = Predictions(predictions.logits[[layer]], predictions.boxes[[layer]], sigmoid=True)
+        p, boxes, weights = own.logits[0].sigmoid(), own.boxes[0], {}
+        for image, (queries, objects) in enumerate(pairs_of(own, repeat(targets, 2), criterion)):
+            answers = {}
+            for query, number in zip(queries.tolist(), objects.tolist()):
+                answers.setdefault(first[image] + number // 2, []).append(query)
+            for number, found in answers.items():
+                assert len(found) == 2
+                label = targets.labels[number]
+                iou = [overlap_of(boxes[image, query], targets.boxes[number]) for query in found]
+                good = [max(float(p[image, q, label] ** 0.25 * u**0.75), 0.01) for q, u in zip(found, iou)]
+                for query, u, t in zip(found, iou, good):
+                    rank = sum(other > t for other in good)
+                    weight = torch.tensor(-rank / 1.5).exp()
+                    wanted = weight * (t if name == "ia_bce" else u**1.5)
+                    weights[image, query] = weight, number, label, wanted
+        classes = distance = 0.0
+        for image, query, label in product(range(3), range(QUERIES), range(CLASSES)):
+            x = p[image, query, label]
+            weight, number, wanted_label, wanted = weights.get((image, query), (0, 0, -1, 0))
+            there = label == wanted_label
+            classes -= wanted * x.log() + (1 - wanted) * (1 - x).log() if there else x**power * (1 - x).log()
+            distance += weight * (boxes[image, query] - targets.boxes[number]).abs().sum() if there else 0
+        torch.testing.assert_close(losses[f"loss_ce_{layer}"], classes / 5, rtol=1e-10, atol=0)
+        torch.testing.assert_close(losses[f"loss_bbox_{layer}"], distance / 5, rtol=1e-10, atol=0)
+
+
+def test_repeated_targets_that_count_alike_equal_transformers(in_float64):
+    "Its IA-BCE, whose pairs we give it: value and gradient."
+    from transformers.loss.loss_lw_detr import LwDetrImageLoss
+
+    targets, predictions = make_targets([3, 1], torch.float64, CLASSES), random_answers(layers=2)
+    criterion = family_criterion(SetCriterion, "ia_bce", 2, 1, num_classes=CLASSES)
+    criterion.tau = float("inf")
+    logits, twice = predictions.logits.clone().requires_grad_(), repeat(targets, 2)
+    ours = criterion(predictions._replace(logits=logits), targets)["loss_ce_0"]
+    own = Predictions(predictions.logits[:1], predictions.boxes[:1], sigmoid=True)
+    loss = LwDetrImageLoss(None, CLASSES, 0.25, [], 1)
+    theirs = loss.loss_labels({"logits": logits[0], "pred_boxes": predictions.boxes[0]},
+                              list_targets(twice, "class_labels"), pairs_of(own, twice, criterion), 4)["loss_ce"]
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=0)
+    (mine,), (other,) = torch.autograd.grad(ours, logits), torch.autograd.grad(theirs, logits)
+    torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-14)
+
+
+def test_more_answers_wanted_than_there_are_queries():
+    "Those that are left over are not matched; the losses are numbers."
+    criterion = family_criterion(SetCriterion, "ia_bce", 2, 1, num_classes=CLASSES)
+    with pytest.warns(UserWarning, match="8 objects but the model has 7 queries"):
+        losses = criterion(random_answers(layers=2), make_targets([4, 0], torch.float32, CLASSES))
+    assert all(value.isfinite() for value in losses.values())
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(class_loss="focal", masks=True)], ids=["ce", "masks"])
+def test_repeated_targets_need_scores_that_can_be_weighted(settings):
+    with pytest.raises(UserError, match="--repeat_targets"):
+        check_settings(PRESETS["shapes"].but(**settings, repeat_targets=2))
 
 
 @pytest.mark.parametrize("kind", ["gauss", "rpb"])
@@ -274,8 +355,9 @@ VARIANTS = {
     "deformable_two_stage": dict(decoder="deformable", class_loss="focal", num_feature_levels=2, with_box_refine=True,
                                  two_stage=True),
     "dab_deformable": dict(decoder="dab_deformable", class_loss="ia_bce", num_feature_levels=2, two_stage=True,
-                           repeat_targets=2, query_groups=2),
-    "all": dict(decoder="dab", class_loss="mal", box_bias="rpb", two_stage=True, repeat_targets=3, query_groups=2),
+                           repeat_proposals=2, query_groups=2),
+    "all": dict(decoder="dab", class_loss="mal", box_bias="rpb", two_stage=True, repeat_proposals=3, query_groups=2),
+    "repeated": dict(decoder="dab", class_loss="ia_bce", repeat_targets=2, query_groups=2, two_stage=True),
 }
 SMALL = dict(hidden_dim=32, nheads=4, enc_layers=1, dec_layers=2, dim_feedforward=64, num_queries=6)
 
@@ -387,7 +469,8 @@ def test_presets_have_the_papers_settings():
     assert PRESETS["group_dab"].model.query_groups == 11 and PRESETS["dab"].model.temperature == 20
 
 
-@pytest.mark.parametrize("name", ["conditional", "dab_ce", "deformable", "refined", "dab_deformable", "all"])
+@pytest.mark.parametrize("name", ["conditional", "dab_ce", "deformable", "refined", "dab_deformable", "all",
+                                  "repeated"])
 def test_two_processes_of_a_variant_are_one_run(name, tmp_path):
     "In float64, as for DETR; both runs evaluate, write checkpoints and draw."
     shapes = write_shapes(tmp_path / "shapes", num_train=32, num_val=4, num_workers=1)
