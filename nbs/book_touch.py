@@ -33,8 +33,12 @@ def _shorten(source: str) -> str:
 
 def script(name: str) -> str:
     "A figure's source and the library's, as one module that defines `render`."
-    sources = [_shorten((SOURCES / f"{part}.js").read_text(encoding="utf-8")) for part in ("touch", name)]
-    return "\n".join(sources)
+    return "\n".join(_shorten((SOURCES / f"{part}.js").read_text(encoding="utf-8")) for part in ("touch", name))
+
+
+def style() -> str:
+    "The style sheet of all figures."
+    return _shorten((SOURCES / "touch.css").read_text(encoding="utf-8"))
 
 
 def _address(kind: str, data: bytes) -> str:
@@ -50,8 +54,10 @@ def picture(image: UInt8[Tensor, "3 H W"], quality: int = 90) -> str:
 
 
 def _plain(value: Any) -> Any:
-    "Tensors and arrays as lists of numbers of six digits."
-    return [_plain(row) for row in value] if value.ndim else float(f"{value.item():.6g}")
+    "Tensors and arrays as lists of whole numbers, or of numbers of six digits."
+    if value.ndim:
+        return [_plain(row) for row in value]
+    return value.item() if isinstance(value.item(), int) else float(f"{value.item():.6g}")
 
 
 class Touch:
@@ -80,8 +86,7 @@ def touch(
     plt.close(still)
     width, height = Image.open(drawn).size
     numbers = json.dumps(data, default=_plain, separators=(",", ":"), ensure_ascii=False).replace("</", "<\\/")
-    css = _shorten((SOURCES / "touch.css").read_text(encoding="utf-8"))
-    text = f"""<style>{css}</style>
+    text = f"""<style>{style()}</style>
 <div class="touch" id="touch-{label}"><img alt="{html.escape(alt)}" src="{_address("image/webp", drawn.getvalue())}"\
  width="{width}" height="{height}"></div>
 <script type="application/json" id="touch-{label}-data">{numbers}</script>

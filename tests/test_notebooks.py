@@ -3,6 +3,8 @@ import json
 import re
 from pathlib import Path
 
+from book_touch import LARGEST, script, style
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 CHAPTERS = [path for path in NOTEBOOKS if path.name[:2].isdigit()]
@@ -97,6 +99,19 @@ def test_a_captioned_cell_has_one_picture_with_a_name_and_an_alternative_text():
                 yield f"{caption!r} has no #| fig-alt"
             if not (directive(cell["source"], "label") or "").startswith("fig-"):
                 yield f"{caption!r} has no #| label: fig-..."
+
+    assert not faults(check)
+
+
+def test_figures_to_touch_are_small_and_hold_the_scripts_as_they_are():
+    def check(path):
+        for cell in cells_of(path, "code"):
+            if call := re.search(r'^touch\("(\w+)", "(fig-[\w-]+)"', cell["source"], re.MULTILINE):
+                shown = "".join(text for output in cell["outputs"] for text in output["data"].get("text/html", ""))
+                if len(shown.encode()) > LARGEST:
+                    yield f"{call[2]}: {len(shown.encode())} bytes"
+                if not all(text in shown for text in (script(call[1]), style(), f'start("touch-{call[2]}", render)')):
+                    yield f"{call[2]} was saved with another script: run tools/chapter.py"
 
     assert not faults(check)
 

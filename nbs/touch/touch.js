@@ -34,7 +34,8 @@ export function stage(width, height, label, ...children) {
              ...children);
 }
 
-/** Replace the still picture by what `render(view, data, say)` builds; `say(text)` tells screen readers. */
+/** Replace the still picture by what `render(view, data, say)` builds; `say(text)` tells screen readers.
+    What it returns can be asked from outside, as `figure` of the element. */
 export function start(id, render) {
   const root = document.getElementById(id), view = html("div", { class: "touch-view" });
   const region = html("p", { class: "touch-hidden", role: "status" });
@@ -43,7 +44,7 @@ export function start(id, render) {
     clearTimeout(timer);
     timer = setTimeout(() => { region.textContent = text; }, 350);
   };
-  render(view, JSON.parse(document.getElementById(`${id}-data`).textContent), say);
+  root.figure = render(view, JSON.parse(document.getElementById(`${id}-data`).textContent), say);
   root.replaceChildren(view, region);
 }
 
@@ -60,15 +61,17 @@ export function place(node, event) {
 
 /** Let a part of a picture be moved by mouse, finger, pen and the arrow keys (with Shift ten steps at once).
 
-    get() gives [x, y] in units of the viewBox; put([x, y]) moves there, as near as it may; say() tells where it is.
+    get() gives [x, y] in units of the viewBox; put([x, y], way) moves there, as near as it may; way is [-1, 0], [1, 0],
+    [0, -1] or [0, 1] where a key is the cause. say() tells where it is.
     step: one key's way. jump: it comes to where one presses. hover: and follows a mouse that is not pressed.
     now(): the number that stands for the place, of 0 to 100. Returns a function to call when something else moved it. */
 export function handle(node, { label, get, put, say, now = () => 0, step = 1, jump = false, hover = false }) {
   const tell = () => set(node, { "aria-valuetext": say(), "aria-valuenow": Math.round(now()) });
-  const move = (to) => { put(to); tell(); };
+  const move = (to, way) => { put(to, way); tell(); };
   let held = null;
   set(node, { tabindex: 0, role: "slider", "aria-label": label, "aria-valuemin": 0, "aria-valuemax": 100 });
   node.classList.add("touch-handle");
+  node.addEventListener("touchstart", (event) => event.preventDefault(), { passive: false });  // or the page would scroll
   node.addEventListener("pointerdown", (event) => {
     if (event.button) return;
     event.preventDefault();
@@ -87,7 +90,7 @@ export function handle(node, { label, get, put, say, now = () => 0, step = 1, ju
     const way = ARROWS[event.key];
     if (!way || event.ctrlKey || event.altKey || event.metaKey) return;
     event.preventDefault();
-    move(get().map((value, axis) => value + way[axis] * step * (event.shiftKey ? 10 : 1)));
+    move(get().map((value, axis) => value + way[axis] * step * (event.shiftKey ? 10 : 1)), way);
   });
   tell();
   return tell;
@@ -95,7 +98,8 @@ export function handle(node, { label, get, put, say, now = () => 0, step = 1, ju
 
 /** A labelled slider; `input(value)` is called as it moves, `say(value)` is what stands beside it. */
 export function slider(label, { min, max, step = 1, value, say = String, input }) {
-  const range = html("input", { type: "range", min, max, step, value, "aria-label": label }), out = html("output");
+  const range = html("input", { type: "range", min, max, step, value, "aria-label": label });
+  const out = html("span", { class: "touch-value", "aria-hidden": "true" });  // <output> would be read at every step
   const node = html("div", { class: "touch-slider" }, html("span", { text: label, "aria-hidden": "true" }), range, out);
   node.put = (to) => {
     range.value = to;
@@ -115,6 +119,13 @@ export function choice(label, names, value, input) {
   const node = html("div", { class: "touch-choice" }, html("span", { text: label, "aria-hidden": "true" }), list);
   node.put = (to) => { list.value = to; };
   return node;
+}
+
+/** A box to tick. */
+export function tick(text, checked, input) {
+  const box = html("input", { type: "checkbox", onchange: () => input(box.checked) });
+  box.checked = checked;
+  return html("label", { class: "touch-row" }, box, text);
 }
 
 export const button = (text, press) => html("button", { type: "button", text, onclick: press });
