@@ -151,7 +151,7 @@ def run(name: str, options: argparse.Namespace) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=624, help="of DETR; the rate drops after four fifths of them")
-    parser.add_argument("--short", type=int, default=312, help="steps of the other runs")
+    parser.add_argument("--short", type=int, default=234, help="steps of the other runs")
     parser.add_argument("--only", nargs="+", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--backbone", type=Path, default=ROOT / "runs/shapes/backbone.pth")
     parser.add_argument("--shapes_path", type=Path, default=ROOT / "data/shapes")
@@ -164,7 +164,8 @@ def main() -> None:
              "images": IMAGES, "every": EVERY, "runs": {}}
     for name in options.only:
         found["runs"][name] = run(name, options)
-        options.output.write_text(json.dumps(found, indent=0) + "\n")
+        short = json.loads(json.dumps(found), parse_float=lambda digits: round(float(digits), 5))
+        options.output.write_text(json.dumps(short, indent=0) + "\n")
 
 
 if __name__ == "__main__":

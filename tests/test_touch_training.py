@@ -18,6 +18,7 @@ def open_page(browser, width: str, **how):  # noqa: F811
     size, faults = SIZES[width], []
     context = browser.new_context(viewport={"width": size[0], "height": size[1]}, **how)
     page = context.new_page()
+    page.set_default_timeout(120_000)
     page.on("console", lambda message: faults.append(message.text))
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.goto((PAGES / "slow.html").as_uri())

@@ -14,6 +14,8 @@ export function render(view, data, say) {
   const picture = stage(100, 100, ""), sky = stage(100, 100, "");
   const dots = html("div", {}, html("p", { class: "touch-title", text: "Where they answer, in many images" }), sky);
   const curve = stage(300, 66, "how many objects changed hands since the look before, over the training");
+  curve.style.maxWidth = "34rem";
+  picture.style.overflow = "hidden";
   const note = html("p", { class: "touch-quiet" });
 
   // ---- the image, its objects, the boxes of the queries
@@ -95,7 +97,7 @@ export function render(view, data, say) {
     const changed = drawPicture();
     drawSky();
     set(marker, { cx: across(look), cy: down(data.changed[look]) });
-    name.textContent = `Step ${data.steps[look]}: AP ${fixed(data.AP[look])}`;
+    name.textContent = `Step ${data.steps[look]}: AP ${fixed(data.AP[look], 3)}`;
     note.textContent = look ? `Since step ${data.steps[look - 1]} ${changed}; of all ${data.objects} that are watched `
       + `${Math.round(100 * data.changed[look])} %.` : "The first look: nothing has been learned yet.";
     say(`${name.textContent}. ${note.textContent}`);
