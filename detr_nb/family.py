@@ -93,5 +93,5 @@ def family_criterion(
     "The criterion of DETR with the scores, groups and proposals of its family."
     sigmoid = {} if class_loss == "ce" else {"class_loss": class_loss}
     parts = (OneToMany, SigmoidScores, kind) if sigmoid else (OneToMany, kind)
-    return type("FamilyCriterion", parts, {})(repeat_targets=repeat_targets, repeat_proposals=repeat_proposals, **sigmoid,
-                                              **settings)
+    criterion = type("FamilyCriterion", parts, {})
+    return criterion(repeat_targets=repeat_targets, repeat_proposals=repeat_proposals, **sigmoid, **settings)

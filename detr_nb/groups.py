@@ -84,15 +84,31 @@ def repeat(targets: Targets, times: int) -> Targets:
     labels, boxes = (x.repeat_interleave(times, dim=0) for x in (targets.labels, targets.boxes))
     return targets._replace(labels=labels, boxes=boxes, counts=targets.counts * times)
 
-# %% ../nbs/41_groups.ipynb #41onemny
+# %% ../nbs/41_groups.ipynb #41ranked
 class WeightedMatches(Matches):
     "Pairs that do not all count alike."
     weight: Float[Tensor, "P"]
 
 
-class OneToMany:
+class _Ranked:
+    "Of several answers for an object the worse ones count less. In front of a `SetCriterion`."
+    bag = 1  # answers that compete for each object
+    tau = 1.5  # how fast the weights of the worse ones fall
+
+    def losses(
+        self, predictions: Predictions, targets: Targets, matches: Matches, divisors: Tensor, table: Tensor
+    ) -> dict[str, Tensor]:
+        "As in `SetCriterion`, but for the weights."
+        if self.bag > 1:
+            bag = matches.layer * len(targets.labels) + matches.target // self.bag
+            good = quality(*self.matched(table, predictions, targets, matches))
+            matches = WeightedMatches(*matches)
+            matches.weight = rank_weights(good.detach(), bag, self.bag, self.tau)
+        return super().losses(predictions, targets, matches, divisors, table)
+
+# %% ../nbs/41_groups.ipynb #41onemny
+class OneToMany(_Ranked):
     "Several answers for each object while training. In front of a `SetCriterion`."
-    tau = 1.5  # how fast the weights of the worse answers fall
 
     def __init__(
         self, *args,
@@ -101,7 +117,7 @@ class OneToMany:
         **settings,
     ):
         super().__init__(*args, **settings)
-        self.repeat_targets, self.repeat_proposals, self.bag = repeat_targets, repeat_proposals, 1
+        self.repeat_targets, self.repeat_proposals = repeat_targets, repeat_proposals
 
     def weight(self, name: str) -> float:
         "The encoder's losses weigh as much as a layer's."
@@ -133,17 +149,6 @@ class OneToMany:
         losses = super().forward(predictions, repeat(targets, times), more)
         self.bag = 1
         return losses
-
-    def losses(
-        self, predictions: Predictions, targets: Targets, matches: Matches, divisors: Tensor, table: Tensor
-    ) -> dict[str, Tensor]:
-        "As in `SetCriterion`; of several answers for an object the worse ones count less."
-        if self.bag > 1:
-            bag = matches.layer * len(targets.labels) + matches.target // self.bag
-            good = quality(*self.matched(table, predictions, targets, matches))
-            matches = WeightedMatches(*matches)
-            matches.weight = rank_weights(good.detach(), bag, self.bag, self.tau)
-        return super().losses(predictions, targets, matches, divisors, table)
 
 # %% ../nbs/41_groups.ipynb #41rankwt
 def rank_weights(
