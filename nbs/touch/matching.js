@@ -202,7 +202,7 @@ export function render(view, data, say) {
     table.forEach((row, object) => row.forEach((cost, query) => {
       const color = ramp((cost - low) / (high - low || 1)), own = chosen[object] === query;
       set(fields[object][query], { text: fixed(cost), style: `background: ${css(color)}; color: ${inkOn(color)};`
-        + (own ? "box-shadow: inset 0 0 0 3px var(--mark), inset 0 0 0 4px #fff; font-weight: 700" : "") });
+        + (own ? "box-shadow: inset 0 0 0 3px var(--mark), inset 0 0 0 4px #fff" : "") });
       if (own) fields[object][query].append(html("span", { class: "touch-hidden", text: ", answers" }));
     }));
     plates.forEach((plate, query) => { plate.style.boxShadow = query === picked ? "inset 0 -3px 0 var(--ink)" : ""; });
