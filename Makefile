@@ -105,8 +105,8 @@ book: env ## build the pages of the book, warnings as errors
 	@PATH="$(abspath $(BIN)):$$PATH" jupyter-book build nbs -W -n --keep-going -q
 	@echo "make: the book is at nbs/_build/html/index.html"
 
-test-book: book ## look at every page in Chromium (BROWSER=path): network, console, links, pictures, axe-core, two widths
-	@$(BIN)/python -m pytest -q -n 2 -m book -rs tests/test_book.py
+test-book: book ## look at every page in Chromium (BROWSER=path), at two widths, and touch its figures
+	@$(BIN)/python -m pytest -q -n 2 -m book -rs tests/test_book.py tests/test_touch.py
 
 lint: env ## check the style of package, tests, tools and notebooks
 	@$(BIN)/ruff check .

@@ -128,7 +128,8 @@ WAYS = [("desk", "light"), ("phone", "dark")]  # mouse and finger, each with the
 SIDEWAYS = """figure => {
     const edge = figure.getBoundingClientRect().right + 1;
     return [...figure.querySelectorAll('.touch-view *')].filter(e => !e.closest('svg svg, .touch-hidden')
-        && !(e.ownerSVGElement) && e.getBoundingClientRect().right > edge).map(e => e.outerHTML.slice(0, 80));
+        && !(e.ownerSVGElement) && e.getBoundingClientRect().right > edge
+        || e.matches('td, th') && e.scrollWidth > e.clientWidth).map(e => e.outerHTML.slice(0, 80));
 }"""
 
 

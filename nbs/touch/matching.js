@@ -101,7 +101,7 @@ export function render(view, data, say) {
   const title = html("p", { class: "touch-title" });
 
   // ---- the numbers: the table of all pairs, the terms of the picked query, the loss
-  const head = html("tr", {}, html("td", { style: "width: 22%" }));
+  const head = html("tr", {}, html("td", { style: "width: 17%" }));
   const rows = objects.map((name) => html("tr", {}, html("th", { scope: "row", text: name })));
   const plates = [...Array(queries).keys()].map((query) => html("th", {
     scope: "col", text: `q${query}`, style: `background: ${COLORS[query]}; color: ${inkOn(COLORS[query])}; font-weight: 600` }));
@@ -202,7 +202,7 @@ export function render(view, data, say) {
     table.forEach((row, object) => row.forEach((cost, query) => {
       const color = ramp((cost - low) / (high - low || 1)), own = chosen[object] === query;
       set(fields[object][query], { text: fixed(cost), style: `background: ${css(color)}; color: ${inkOn(color)};`
-        + (own ? "box-shadow: inset 0 0 0 3px var(--mark), inset 0 0 0 4px #fff; font-weight: 700" : "") });
+        + (own ? "box-shadow: inset 0 0 0 3px var(--mark), inset 0 0 0 4px #fff" : "") });
       if (own) fields[object][query].append(html("span", { class: "touch-hidden", text: ", answers" }));
     }));
     plates.forEach((plate, query) => { plate.style.boxShadow = query === picked ? "inset 0 -3px 0 var(--ink)" : ""; });
@@ -226,7 +226,7 @@ export function render(view, data, say) {
   view.append(
     html("div", {}, picture, news),
     html("div", {}, html("p", { class: "touch-title", text: "Who answers: the cost of every pair" }),
-         html("table", {}, html("thead", {}, head), html("tbody", {}, ...rows)), total, bars, legend),
+         html("table", { class: "touch-matrix" }, html("thead", {}, head), html("tbody", {}, ...rows)), total, bars, legend),
     html("div", {}, title, says, sure,
          html("div", { class: "touch-row" }, button("A step of learning", learn), button("Start again", reset)),
          html("p", { class: "touch-quiet", text: "Drag a box, or its lower right corner. With keys: Tab to a box or its corner, "
