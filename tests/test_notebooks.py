@@ -1,4 +1,4 @@
-"""What must hold for every committed notebook. The cells themselves are run by `nbdev_test`."""
+"""What must hold for every committed notebook. The cells themselves are run by `tools/chapter.py --check`."""
 import json
 import re
 from pathlib import Path
