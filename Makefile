@@ -90,7 +90,7 @@ book: env ## build the pages of the book, warnings as errors
 	@echo "make: the book is at nbs/_build/html/index.html"
 
 test-book: book ## look at every page in Chromium (BROWSER=path): network, console, links, pictures, axe-core, two widths
-	@$(BIN)/python -m pytest -q -n 2 -m book -rs tests/test_book.py
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile -m book -rs
 
 lint: env ## check the style of package, tests, tools and notebooks
 	@$(BIN)/ruff check .

@@ -174,8 +174,12 @@ function play(view, data, say, ask) {
     while (dirty) {
       dirty = false;
       const { painted, scene } = state, shapesThen = scene.shapes.map(({ kind }) => kind);
-      const answer = await ask(painted.pixels, width, height);
-      state.answer = read(answer, painted, shapesThen);
+      try {
+        state.answer = read(await ask(painted.pixels, width, height), painted, shapesThen);
+      } catch (fault) {
+        clock.textContent = `The model stopped (${fault.error || fault.message}): load the page again.`;
+        return;
+      }
       show();
     }
     busy = false;
