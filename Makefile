@@ -106,7 +106,7 @@ book: env ## build the pages of the book, warnings as errors
 	@echo "make: the book is at nbs/_build/html/index.html"
 
 test-book: book ## look at every page in Chromium (BROWSER=path), at two widths, and touch its figures
-	@$(BIN)/python -m pytest -q -n 2 -m book -rs tests/test_book.py tests/test_touch.py
+	@$(BIN)/python -m pytest -q -n 2 -m book -rs
 
 lint: env ## check the style of package, tests, tools and notebooks
 	@$(BIN)/ruff check .

@@ -258,7 +258,7 @@ class Reader:
         return self.page.evaluate(f"document.querySelector('.live').live.{path}")
 
     def begin(self, name: str) -> None:
-        self.page.get_by_role("combobox", name="Begin with").select_option(name)
+        self.page.get_by_role("combobox", name="Scene").select_option(name)
         self.page.locator(".live-picture").scroll_into_view_if_needed()
         self.settle()
 
@@ -343,7 +343,7 @@ def test_layers_attention_and_costs_can_be_looked_at(reader):
     reader.begin("two discs")
     answers = [reader.state(f"answer.layers[{layer}].queries.map(q => q.box)") for layer in range(2)]
     assert np.abs(np.subtract(*answers)).max() > 0.01
-    slider = page.get_by_role("slider", name="decoder layer").first
+    slider = page.get_by_role("slider", name="layer", exact=True).first
     slider.focus()
     page.keyboard.press("Home")
     assert slider.get_attribute("aria-valuetext").startswith("1 of")

@@ -15,39 +15,48 @@ const GLYPHS = {  // outlines of radius one, as chapter 4 defines them
   cross: "M-.95-.3H-.3V-.95H.3V-.3H.95V.3H.3V.95H-.3V.3H-.95Z",
 };
 const STYLE = `
-.live > .live-left { flex: 1.35 1 20rem; max-width: 40rem; }
+.live > .live-left { flex: 1.7 1 21rem; max-width: 44rem; }
+.live > .live-right { flex: 1 1 15rem; }
 .live-picture { position: relative; border-radius: .35rem; overflow: hidden; background: #888; touch-action: none; }
 .live-picture > canvas { display: block; width: 100%; height: auto; }
 .live-picture > .live-veil, .live-picture > svg { position: absolute; inset: 0; height: 100%; }
 .live-picture > .live-veil { pointer-events: none; opacity: .82; }
 .live-picture svg { overflow: hidden; touch-action: none; cursor: crosshair; }
 .live-picture svg .touch-handle { cursor: move; fill: transparent; stroke: transparent; pointer-events: all; }
-.live-picture svg .live-chosen { stroke: #fff; stroke-dasharray: 3 2; }
+.live-picture svg .touch-handle:focus-visible { outline: none; stroke: var(--mark); stroke-width: 2px; }
+.live-picture svg .live-chosen, .live-picture svg .live-chosen:focus-visible {
+  stroke: #fff; stroke-dasharray: 5 3; stroke-width: 2px; }
 .live-picture svg .live-grip { fill: #fff; stroke: #000; stroke-width: .6; cursor: grab; }
-.live-picture svg .live-cell { pointer-events: none; stroke: #fff; }
+.live-picture svg .live-cell { pointer-events: none; stroke: #fff; stroke-width: 1.2; }
 .live-boxes rect, .live-boxes text, .live-boxes path, .live-boxes circle { pointer-events: none; }
 .live-boxes text { font-size: 4.8px; font-weight: 600; }
 .live-boxes .live-letter { fill: #fff; stroke: #000; stroke-width: 1.4px; paint-order: stroke; text-anchor: middle; }
 .live-stepping rect { transition: x .45s, y .45s, width .45s, height .45s; }
 .live .touch-row { gap: .35rem; justify-content: center; }
-.live .touch-row button { flex: 0 1 auto; min-width: 2.6rem; padding: .25rem .55rem; }
+.live .touch-row button { flex: 0 1 auto; min-width: 2.5rem; padding: .25rem .45rem; }
+.live-layers { display: grid; grid-template-columns: 1fr auto; gap: .6rem; align-items: center; margin-bottom: .3rem; }
+.live-layers .touch-slider { grid-template-columns: auto 1fr auto; }
 .live .touch-row button svg { width: 1.35rem; height: 1.35rem; display: block; margin: auto; fill: currentColor; }
 .live button[aria-pressed="true"] { background: var(--ink); color: var(--paper); border-color: var(--ink); }
 .live button:disabled { opacity: .55; }
 .live-begin .touch-choice { grid-template-columns: auto auto; }
+.live .live-begin select { max-width: 9rem; padding: .3rem .4rem; }
 @media (max-width: 600px) {
   .live > .live-left { display: contents; }
   .live > .live-left > * { flex: 1 1 100%; margin: 0; }
-  .live > .live-left > .live-picture { position: sticky; top: 0; z-index: 2; }
+  .live > .live-left > .live-picture { position: sticky; top: 3.6rem; z-index: 2; }
   .live.touch-view { gap: .5rem; }
 }
+.output.text_html:has(> .touch > .live) { overflow: visible; }
 .live-tabs { display: grid; grid-auto-flow: column; grid-auto-columns: 1fr; margin-bottom: .6rem; }
 .live-tabs button { border-radius: 0; padding: .35rem .2rem; margin-left: -1px; }
-.live .live-queries button { display: grid; grid-template-columns: 1.6rem 5.2rem 1fr 2.9rem; gap: .4rem; align-items: center;
-  width: 100%; min-height: 1.62rem; padding: 0 .45rem; border: 1px solid transparent; background: none; text-align: left;
+.live .live-queries button { display: grid; grid-template-columns: 1.4rem 4.9rem 1fr 2.8rem; gap: .35rem;
+  align-items: center; width: 100%; min-height: 1.62rem; padding: 0 .45rem; text-align: left;
+  border: 1px solid transparent; background: none;
   font-size: .85rem; line-height: 1.2; font-variant-numeric: tabular-nums; }
 .live .live-queries button:hover { border-color: var(--line); }
-.live .live-queries button[aria-pressed="true"] { border-color: var(--ink); background: var(--panel); color: var(--ink); }
+.live .live-queries button[aria-pressed="true"] { border-color: var(--ink); background: var(--panel);
+  color: var(--ink); }
 .live-queries span:first-child, .live-queries span:last-child { text-align: right; }
 .live-queries .live-quiet { color: var(--quiet); }
 .live-bar { height: .7rem; background: var(--panel); border-radius: .2rem; overflow: hidden; }
@@ -58,7 +67,7 @@ const STYLE = `
 .live-shares .live-bar { position: relative; overflow: visible; }
 .live-bar b { position: absolute; top: -.15rem; bottom: -.15rem; width: 2px; background: var(--ink); }
 .live-costs .live-letter { fill: #fff; stroke: #000; stroke-width: 1px; paint-order: stroke; font-weight: 600; }
-.live-costs text { font-size: 3.4px; }
+.live-costs text { font-size: 3.8px; }
 .live-costs .touch-handle { fill: transparent; stroke: var(--mark); stroke-width: .8; cursor: crosshair; }
 .live [hidden] { display: none !important; }
 @media (prefers-reduced-motion: reduce) { .live-stepping rect, .live-bar i { transition: none; } }`;
@@ -74,7 +83,8 @@ const named = (label, press, ...content) => {
 
 /** A script of another file; a page that lies on a disk may load it so, and may not fetch it. */
 const load = (src) => new Promise((done, failed) => {
-  document.head.append(html("script", { src, onload: done, onerror: () => failed(new Error(`${src} cannot be read`)) }));
+  const onerror = () => failed(new Error(`${src} cannot be read`));
+  document.head.append(html("script", { src, onload: done, onerror }));
 });
 
 /** The model: ask(pixels, width, height) gives a promise of the answer, from a worker where there can be one. */
@@ -105,13 +115,14 @@ async function open(base) {
 function scenes({ randomScene, randomShape, generator }, width, height) {
   const empty = (seed) => randomScene(seed, width, height, 0);
   const put = (scene, seed, ...poses) => {
-    for (const [kind, x, y, radius, angle = 0.3] of poses) {
-      scene.shapes.push(randomShape(scene, { kind, x, y, radius, angle, aspect: 0.95 }, generator(seed += 1)));
+    for (const [kind, x, y, radius, angle = 0.3, aspect = 0.95] of poses) {
+      scene.shapes.push(randomShape(scene, { kind, x, y, radius, angle, aspect }, generator(seed += 1)));
     }
     return scene;
   };
   return {
-    "five shapes": () => randomScene(332, width, height, 5),
+    "five shapes": () => put(empty(237), 237, ["ring", 34, 34, 21, 0.4, 0.85], ["star", 84, 26, 17, 0.2, 1],
+      ["rectangle", 118, 58, 19, 0.5, 0.8], ["disc", 46, 80, 19, 0.3, 0.8], ["triangle", 72, 84, 17, 0.5, 1]),
     "one star": () => put(empty(5), 11, ["star", 30, 56, 17]),
     "a ring, half covered": () => put(empty(23), 3, ["ring", 62, 58, 25], ["rectangle", 96, 62, 24, 0.1]),
     "two discs": () => put(empty(31), 40, ["disc", 46, 56, 18], ["disc", 100, 56, 18]),
@@ -125,9 +136,13 @@ function scenes({ randomScene, randomShape, generator }, width, height) {
 /** What the page knows and shows, once the model is there. */
 function play(view, data, say, ask) {
   const { width, height, names, colors } = data, kinds = Object.keys(GLYPHS), artist = window.liveScene();
-  const presets = scenes(artist, width, height), { columns, rows } = { columns: width / CELL, rows: height / CELL };
-  const state = { scene: presets["five shapes"](), chosen: -1, pen: "star", tab: "answers", layer: 0, query: -1, held: -1,
-    encoderLayer: 0, head: 0, cell: [4, 3], pair: [0, 0], seed: 1, painted: null, answer: null, asked: 0, settled: false };
+  const presets = scenes(artist, width, height), columns = width / CELL, rows = height / CELL;
+  const state = {
+    scene: presets["five shapes"](), seed: 1, chosen: -1, pen: "star",  // the place of the chosen shape; what is drawn
+    tab: "answers", layer: data.layers - 1, query: -1, held: -1,  // a query that is pointed at, one that was pressed
+    encoderLayer: 0, head: 0, cell: [4, 3], pair: [0, 0],  // column and row; shape and query
+    painted: null, answer: null, settled: false,
+  };
   view.live = state;
 
   // ---- the picture
@@ -136,7 +151,7 @@ function play(view, data, say, ask) {
   const veil = html("canvas", { width: columns, height: rows, class: "live-veil", "aria-hidden": "true" });
   const ground = svg("rect", { width, height, fill: "transparent" }), boxes = svg("g", { class: "live-boxes" });
   const shapes = svg("g"), grip = svg("circle", { r: 4, class: "live-grip" });
-  const cell = svg("rect", { width: CELL, height: CELL, class: "live-cell", fill: "none", "stroke-width": 1.2 });
+  const cell = svg("rect", { width: CELL, height: CELL, class: "live-cell", fill: "none" });
   const over = stage(width, height, "The picture: shapes to move", ground, boxes, shapes, cell, grip);
   const picture = html("div", { class: "live-picture" }, canvas, veil, over);
   const chosen = () => state.scene.shapes[state.chosen];
@@ -159,8 +174,12 @@ function play(view, data, say, ask) {
     while (dirty) {
       dirty = false;
       const { painted, scene } = state, shapesThen = scene.shapes.map(({ kind }) => kind);
-      const answer = await ask(painted.pixels, width, height);
-      state.answer = read(answer, painted, shapesThen);
+      try {
+        state.answer = read(await ask(painted.pixels, width, height), painted, shapesThen);
+      } catch (fault) {
+        clock.textContent = `The model stopped (${fault.error || fault.message}): load the page again.`;
+        return;
+      }
       show();
     }
     busy = false;
@@ -168,30 +187,38 @@ function play(view, data, say, ask) {
     say(summary());
   }
 
-  /** Scores, costs and assignment of an answer, for each layer. */
+  /** What each query says of one layer: the shares of the classes, the best one that is an object, the box. */
+  function readQueries(logits, boxesThen) {
+    const classes = names.length + 1;
+    return [...Array(data.queries).keys()].map((query) => {
+      const shares = softmax([...logits.subarray(query * classes, (query + 1) * classes)]);
+      const things = shares.slice(0, -1), score = Math.max(...things);
+      return { shares, score, label: things.indexOf(score), box: [...boxesThen.subarray(4 * query, 4 * query + 4)] };
+    });
+  }
+  /** Chapter 14's cost of a query for a shape: class, distance and overlap with DETR's weights 1, 5 and 2. */
+  function costOf({ shares, box }, target) {
+    const [x1, y1, x2, y2] = target.corners, wanted = [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1];
+    const terms = [-shares[kinds.indexOf(target.kind)], 5 * sum(wanted.map((value, i) => Math.abs(value - box[i]))),
+      -2 * overlap(corners(box), target.corners).giou];
+    return { terms, total: sum(terms) };
+  }
+  /** An answer with the queries, costs and assignment of each layer, and the share of each cell that a shape owns. */
   function read(answer, { boxes: seen, owner }, shapesThen) {
-    const classes = names.length + 1, count = answer.logits[0].length / classes;
-    const targets = seen.flatMap((box, index) => box ? [{ index, kind: shapesThen[index],
-      corners: box.map((value, side) => value / (side % 2 ? height : width)) }] : []);
-    const layers = answer.logits.map((logits, l) => {
-      const queries = [...Array(count).keys()].map((q) => {
-        const shares = softmax([...logits.subarray(q * classes, (q + 1) * classes)]), things = shares.slice(0, -1);
-        const score = Math.max(...things), box = [...answer.boxes[l].subarray(4 * q, 4 * q + 4)];
-        return { shares, score, label: things.indexOf(score), box };
-      });
-      const costs = targets.map((target) => queries.map(({ shares, box }) => {
-        const [a, b] = [corners(box), target.corners], middle = ([x1, y1, x2, y2]) => [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1];
-        const apart = sum(middle(b).map((value, i) => Math.abs(value - box[i])));
-        const terms = [-shares[kinds.indexOf(target.kind)], 5 * apart, -2 * overlap(a, b).giou];
-        return { terms, total: sum(terms) };
-      }));
-      return { queries, costs, matched: targets.length ? assign(costs.map((row) => row.map(({ total }) => total))) : [] };
+    const targets = seen.flatMap((box, index) => (box ? [{
+      index, kind: shapesThen[index], corners: box.map((value, side) => value / (side % 2 ? height : width)),
+    }] : []));
+    const layers = answer.logits.map((logits, layer) => {
+      const queries = readQueries(logits, answer.boxes[layer]);
+      const costs = targets.map((target) => queries.map((query) => costOf(query, target)));
+      return { queries, costs, matched: assign(costs.map((row) => row.map(({ total }) => total))) };
     });
     const inside = [...Array(shapesThen.length + 1)].map(() => new Float32Array(rows * columns));
     owner.forEach((who, i) => {
-      inside[who][Math.floor(Math.floor(i / width) / CELL) * columns + Math.floor(i % width / CELL)] += 1 / CELL ** 2;
+      const column = Math.floor(i % width / CELL), row = Math.floor(Math.floor(i / width) / CELL);
+      inside[who][row * columns + column] += 1 / CELL ** 2;
     });
-    return { ...answer, layers, targets, inside, kinds: shapesThen, count };
+    return { ...answer, layers, targets, inside, kinds: shapesThen };
   }
   const layerNow = () => state.answer.layers[state.layer];
 
@@ -199,11 +226,10 @@ function play(view, data, say, ask) {
 
   const pathOf = new Map();
   function placeShapes() {
-    const { scene } = state;
-    scene.shapes.forEach((shape, index) => {
-      const turn = shape.angle * 180 / Math.PI, path = pathOf.get(shape);
-      set(path, { transform: `translate(${shape.x} ${shape.y}) rotate(${turn}) scale(${shape.radius} ${shape.radius * shape.aspect})`,
-        "vector-effect": "non-scaling-stroke" });
+    state.scene.shapes.forEach((shape, index) => {
+      const { x, y, radius, aspect, angle } = shape, path = pathOf.get(shape), degrees = angle * 180 / Math.PI;
+      set(path, { "vector-effect": "non-scaling-stroke",
+        transform: `translate(${x} ${y}) rotate(${degrees}) scale(${radius} ${radius * aspect})` });
       path.classList.toggle("live-chosen", index === state.chosen);
     });
     const shape = chosen();
@@ -212,20 +238,22 @@ function play(view, data, say, ask) {
       cy: clamp(shape.y + shape.radius * Math.sin(shape.angle), 3, height - 3) });
     forChosen.forEach((node) => { node.disabled = !shape; });
   }
-  const tellOf = (shape) => () => `${Math.round(shape.x)} across, ${Math.round(shape.y)} down, ${Math.round(2 * shape.radius)} large`;
+  const tellOf = ({ x, y, radius }) =>
+    `${Math.round(x)} across, ${Math.round(y)} down, ${Math.round(2 * radius)} large`;
   function relist() {  // when shapes came or went, or changed their order
     pathOf.clear();
     shapes.replaceChildren(...state.scene.shapes.map((shape) => {
       const path = glyph(shape.kind);
       pathOf.set(shape, path);
-      handle(path, { label: shape.kind, step: 2, get: () => [shape.x, shape.y], say: tellOf(shape), now: () => 100 * shape.x / width,
+      handle(path, { label: shape.kind, step: 2, get: () => [shape.x, shape.y], say: () => tellOf(shape),
+        now: () => 100 * shape.x / width,
         put: ([x, y]) => {
           Object.assign(shape, { x: clamp(x, 0, width), y: clamp(y, 0, height) });
           changed();
         } });
       path.addEventListener("focus", () => pick(shape));
       path.addEventListener("keydown", (event) => {
-        const act = { "+": larger, "=": larger, "-": smaller, r: turn, c: recolor, f: front, Delete: remove, Backspace: remove }[event.key];
+        const act = KEYS[event.key];
         if (!act || event.ctrlKey || event.metaKey || event.altKey) return;
         event.preventDefault();
         pick(shape);
@@ -250,9 +278,9 @@ function play(view, data, say, ask) {
   const smaller = edit((shape) => resize(shape, shape.radius / 1.15));
   const turn = edit((shape) => { shape.angle += Math.PI / 12; });
   const recolor = edit((shape) => {
-    const { kind, x, y, radius, aspect, angle } = shape;
-    Object.assign(shape, artist.randomShape({ ...state.scene, shapes: state.scene.shapes.filter((other) => other !== shape) },
-      { kind, x, y, radius, aspect, angle }, artist.generator(state.seed += 1)));
+    const { kind, x, y, radius, aspect, angle } = shape, others = state.scene.shapes.filter((other) => other !== shape);
+    Object.assign(shape, artist.randomShape({ ...state.scene, shapes: others }, { kind, x, y, radius, aspect, angle },
+                                            artist.generator(state.seed += 1)));
   });
   function focusOn(shape) {
     relist();
@@ -272,13 +300,16 @@ function play(view, data, say, ask) {
     if (had) pathOf.get(chosen())?.focus({ preventScroll: true });
   }
   function create(kind, x, y, radius, angle = 0.3) {
-    const shape = artist.randomShape(state.scene, { kind, x, y, radius, angle, aspect: 0.95 }, artist.generator(state.seed += 1));
+    const pose = { kind, x, y, radius, angle, aspect: 0.95 };
+    const shape = artist.randomShape(state.scene, pose, artist.generator(state.seed += 1));
     state.scene.shapes.push(shape);
     focusOn(shape);
     return shape;
   }
-  handle(grip, { label: "size and turn", say: () => (chosen() ? tellOf(chosen())() : "no shape is chosen"),
-    get: () => [Number(grip.getAttribute("cx")), Number(grip.getAttribute("cy"))], now: () => (chosen() ? chosen().radius : 0),
+  const KEYS = {
+    "+": larger, "=": larger, "-": smaller, r: turn, c: recolor, f: front, Delete: remove, Backspace: remove };
+  handle(grip, { label: "size and turn", say: () => (chosen() ? tellOf(chosen()) : "no shape is chosen"),
+    now: () => chosen()?.radius ?? 0, get: () => ["cx", "cy"].map((name) => Number(grip.getAttribute(name))),
     put: ([x, y]) => edit((shape) => {
       resize(shape, Math.hypot(x - shape.x, y - shape.y));
       shape.angle = Math.atan2(y - shape.y, x - shape.x);
@@ -325,7 +356,7 @@ function play(view, data, say, ask) {
   }, icon(glyph(kind))));
   const forChosen = [named("smaller", smaller, "\u2212"), named("larger", larger, "+"), named("turn", turn, "\u21bb"),
     named("new colours", recolor, "colour"), named("to the front", front, "front"), named("remove", remove, "\u2715")];
-  const begin = choice("Begin with", [...Object.keys(presets), "any scene"], 0, (which) => {
+  const begin = choice("Scene", [...Object.keys(presets), "any scene"], 0, (which) => {
     const make = Object.values(presets)[which] || (() => artist.randomScene(state.seed += 17, width, height, 4));
     Object.assign(state, { scene: make(), chosen: -1 });
     relist();
@@ -343,17 +374,17 @@ function play(view, data, say, ask) {
 
   // ---- tabs
 
-  const lastLayer = () => state.answer.layers.length - 1, layerSay = (value) => `${value} of ${data.layers}`;
+  const layerSay = (value) => `${value} of ${data.layers}`;
   const setLayer = (value) => {
     state.layer = value - 1;
     boxes.classList.add("live-stepping");
     layerSliders.forEach((node) => node.put(value));
     show();
   };
-  const layerSlider = () => slider("decoder layer", { min: 1, max: data.layers, value: data.layers, say: layerSay, input: setLayer });
+  const layerSlider = () => slider("layer", {
+    min: 1, max: data.layers, value: data.layers, say: layerSay, input: setLayer });
   const layerSliders = [layerSlider(), layerSlider()];
-  state.layer = data.layers - 1;
-  const steps = button("play the layers", async () => {
+  const steps = button("play", async () => {
     for (let value = 1; value <= data.layers; value += 1) {
       setLayer(value);
       await new Promise((done) => { setTimeout(done, 900); });
@@ -365,57 +396,63 @@ function play(view, data, say, ask) {
     show();
   };
   const queryNodes = [...Array(data.queries).keys()].map((query) => {
-    const parts = [html("span", { text: query }), html("span"), html("div", { class: "live-bar" }, html("i")), html("span")];
+    const bar = html("div", { class: "live-bar" }, html("i"));
+    const parts = [html("span", { text: query }), html("span"), bar, html("span")];
     const node = html("button", { type: "button", "aria-pressed": "false", onclick: () => chooseQuery(query, true),
       onpointerenter: (event) => event.pointerType === "mouse" && chooseQuery(query),
       onpointerleave: (event) => event.pointerType === "mouse" && chooseQuery(state.held) }, ...parts);
     return Object.assign(node, { parts });
   });
   const queryHint = html("p", { class: "touch-quiet" }), shares = html("div", { class: "live-shares" });
-  const answersTab = html("div", {}, layerSliders[0], html("div", { class: "touch-row" }, steps),
-    html("div", { class: "live-queries", role: "group", "aria-label": "the queries" }, ...queryNodes), queryHint, shares);
+  const answersTab = html("div", {}, html("div", { class: "live-layers" }, layerSliders[0], steps),
+    html("div", { class: "live-queries", role: "group", "aria-label": "the queries" }, ...queryNodes),
+    queryHint, shares);
 
-  const encoderSlider = slider("encoder layer", { min: 1, max: data.encoderLayers, value: 1, say: (value) => `${value} of ${data.encoderLayers}`,
+  const encoderSlider = slider("layer", {
+    min: 1, max: data.encoderLayers, value: 1, say: (value) => `${value} of ${data.encoderLayers}`,
     input: (value) => { state.encoderLayer = value - 1; show(); } });
-  const headChoice = choice("head", ["mean of all", ...[...Array(data.heads).keys()].map((head) => `head ${head + 1}`)], 0,
-    (head) => { state.head = head; show(); });
+  const heads = ["mean of all", ...[...Array(data.heads).keys()].map((head) => `head ${head + 1}`)];
+  const headChoice = choice("head", heads, 0, (head) => { state.head = head; show(); });
   const cellShares = html("div", { class: "live-shares" }), cellTitle = html("p", { class: "touch-title" });
-  const encoderTab = html("div", {}, html("p", { text: "Point at a cell of the picture. What stays bright is what it looks at." }),
+  const encoderTab = html("div", {},
+    html("p", { text: "Point at a cell of the picture. What stays bright is what it looks at." }),
     encoderSlider, headChoice, cellTitle, cellShares,
-    html("p", { class: "touch-quiet", text: "The bar is a share of the attention, the mark on it the share of the picture." }));
+    html("p", { class: "touch-quiet", text: "Bars: shares of the attention. Marks: shares of the picture." }));
   const pointAt = ([x, y]) => {
     state.cell = [clamp(Math.floor(x / CELL), 0, columns - 1), clamp(Math.floor(y / CELL), 0, rows - 1)];
     tellCell();
     show();
   };
   const tellCell = handle(cell, { label: "cell", step: CELL, get: () => state.cell.map((value) => (value + 0.5) * CELL),
-    put: pointAt, say: () => `column ${state.cell[0] + 1}, row ${state.cell[1] + 1}`, now: () => 100 * state.cell[0] / (columns - 1) });
+    put: pointAt, say: () => `column ${state.cell[0] + 1}, row ${state.cell[1] + 1}`,
+    now: () => 100 * state.cell[0] / (columns - 1) });
 
   const table = svg("g"), cursor = svg("rect", {});
   const costs = stage(100, 88, "Costs of queries and shapes", table, cursor);
   costs.classList.add("live-costs");
   const pairText = html("p"), sumText = html("p", { class: "touch-quiet" });
-  const matchingTab = html("div", {}, layerSliders[1], pairText, costs, sumText,
-    html("p", { class: "touch-quiet", text: "What each query (a row) would cost for each shape: the darker, the cheaper. Framed: the cheapest assignment." }));
-  const pairWide = () => 88 / Math.max(state.answer?.targets.length || 1, 1);
-  const tellPair = handle(cursor, { label: "query and shape", get: () => state.pair, put: (to) => {
-    state.pair = [clamp(Math.round(to[0]), 0, Math.max(0, (state.answer?.targets.length || 1) - 1)), clamp(Math.round(to[1]), 0, data.queries - 1)];
-    if (state.answer) show();
-  }, say: () => (state.answer ? pairWords() : ""), now: () => 100 * state.pair[1] / (data.queries - 1) });
-  costs.addEventListener("pointermove", (event) => pairAt(event));
-  costs.addEventListener("pointerdown", (event) => pairAt(event));
-  function pairAt(event) {
-    const spot = costs.getBoundingClientRect();
-    state.pair = [clamp(Math.floor(((event.clientX - spot.left) / spot.width * 100 - 12) / pairWide()), 0, state.answer.targets.length - 1),
-      clamp(Math.floor(((event.clientY - spot.top) / spot.height * 88 - 8) / 5), 0, data.queries - 1)];
-    tellPair();
+  const matchingTab = html("div", {}, layerSliders[1], pairText, costs, sumText, html("p", { class: "touch-quiet",
+    text: "What each query (a row) costs for each shape: the darker, the cheaper. Framed: the cheapest assignment." }));
+  const pairWide = () => 88 / Math.max(state.answer.targets.length, 1);
+  const setPair = ([target, query]) => {
+    if (!state.answer) return;
+    state.pair = [clamp(Math.floor(target), 0, Math.max(0, state.answer.targets.length - 1)),
+      clamp(Math.floor(query), 0, data.queries - 1)];
     show();
+  };
+  const tellPair = handle(cursor, { label: "query and shape", get: () => state.pair, put: setPair,
+    say: () => (state.answer ? pairWords() : ""), now: () => 100 * state.pair[1] / (data.queries - 1) });
+  for (const kind of ["pointerdown", "pointermove"]) {
+    costs.addEventListener(kind, (event) => {
+      const { left: from, top, width: wide, height: high } = costs.getBoundingClientRect();
+      setPair([((event.clientX - from) / wide * 100 - 12) / pairWide(), ((event.clientY - top) / high * 88 - 8) / 5]);
+      tellPair();
+    });
   }
 
   const panels = { answers: answersTab, encoder: encoderTab, matching: matchingTab };
-  const tabs = Object.entries({ answers: "answers", encoder: "encoder", matching: "matching" }).map(([name, text]) =>
-    html("button", { type: "button", text, "aria-pressed": String(name === "answers"), onclick: () => open_(name) }));
-  function open_(name) {
+  const tabs = Object.keys(panels).map((name) => button(name, () => turnTo(name)));
+  function turnTo(name) {
     state.tab = name;
     if (name === "matching" && state.answer?.targets.length) state.pair = [0, layerNow().matched[0]];
     Object.keys(panels).forEach((key, i) => {
@@ -424,146 +461,163 @@ function play(view, data, say, ask) {
     });
     show();
   }
-  const right = html("div", {}, html("div", { class: "live-tabs", role: "group", "aria-label": "what to see" }, ...tabs), ...Object.values(panels));
+  const right = html("div", { class: "live-right" }, 
+    html("div", { class: "live-tabs", role: "group", "aria-label": "what to see" }, ...tabs), ...Object.values(panels));
 
   // ---- what is shown
 
-  const colorOf = (label) => colors[label];
+  const colorOf = (label) => colors[label], letter = (index) => String.fromCharCode(65 + index);
   /** The picture dark where few look; `weights` has one number for each cell. */
   function darken(weights) {
     const brush = veil.getContext("2d"), most = Math.max(...weights), dark = brush.createImageData(columns, rows);
     weights.forEach((weight, i) => { dark.data[4 * i + 3] = 255 * (1 - Math.sqrt(weight / most)); });
     brush.putImageData(dark, 0, 0);
+    veil.hidden = false;
   }
-  /** The row of one token in an attention of (heads, tokens, cells), as the mean of all heads or of one. */
+  /** The row of one token in an attention of (heads, tokens, cells): of one head, or the mean of all for 0. */
   function rowOf(attention, token, head) {
     const size = rows * columns, count = attention.length / data.heads / size, picked = new Float32Array(size);
-    for (let h = 0; h < data.heads; h += 1) {
-      if (head && h !== head - 1) continue;
-      for (let i = 0; i < size; i += 1) picked[i] += attention[(h * count + token) * size + i] / (head ? 1 : data.heads);
+    const asked = head ? [head - 1] : [...Array(data.heads).keys()];
+    for (const h of asked) {
+      for (let i = 0; i < size; i += 1) picked[i] += attention[(h * count + token) * size + i] / asked.length;
     }
     return picked;
   }
-  /** Bars: how much of an attention falls on each shape and on the ground. */
+  /** Bars: how much of an attention falls on each shape and on the ground, beside how much of the picture they are. */
   function tellShares(node, weights) {
-    const { inside, kinds: of } = state.answer, size = rows * columns;
-    const rest = inside.map((part, who) => ({ who, share: sum([...part].map((x, i) => x * weights[i])), area: sum([...part]) / size }));
-    node.replaceChildren(...[...rest.slice(1), rest[0]].filter(({ area }) => area).flatMap(({ who, share, area }) => {
+    const { inside, kinds: of } = state.answer, order = [...of.keys()].map((index) => index + 1).concat(0);
+    node.replaceChildren(...order.flatMap((who) => {
+      const own = [...inside[who]], area = sum(own) / (rows * columns), share = sum(own.map((x, i) => x * weights[i]));
+      if (!area) return [];
       const color = who ? colorOf(kinds.indexOf(of[who - 1])) : "var(--quiet)";
-      return [html("span", { text: who ? `${letter(who - 1)} ${of[who - 1]}` : "the ground" }), html("div", { class: "live-bar" }, html("i", { style: `width: ${100 * share}%; background: ${color}` }),
-        html("b", { style: `left: ${100 * area}%`, title: `${percent(area)} of the picture` })), html("span", { text: percent(share) })];
+      return [html("span", { text: who ? `${letter(who - 1)} ${of[who - 1]}` : "the ground" }),
+        html("div", { class: "live-bar" }, html("i", { style: `width: ${100 * share}%; background: ${color}` }),
+             html("b", { style: `left: ${100 * area}%`, title: `${percent(area)} of the picture` })),
+        html("span", { text: percent(share) })];
     }));
   }
-  const letter = (index) => String.fromCharCode(65 + index);
   /** A letter on each shape, by which the lists call it. */
-  const letters = () => state.answer.targets.map(({ index, corners: [x1, y1, x2, y2] }) =>
-    svg("text", { x: (x1 + x2) / 2 * width, y: (y1 + y2) / 2 * height + 1.8, class: "live-letter", text: letter(index) }));
+  const letters = () => state.answer.targets.map(({ index, corners: [x1, y1, x2, y2] }) => svg("text", {
+    x: (x1 + x2) / 2 * width, y: (y1 + y2) / 2 * height + 1.8, class: "live-letter", text: letter(index) }));
   const boxIn = ([x1, y1, x2, y2]) => [x1 * width, y1 * height, (x2 - x1) * width, (y2 - y1) * height];
-  function drawBox(box, color, extra = {}) {
-    const [x, y, w, h] = boxIn(box), place = { x, y, width: Math.max(w, 0.1), height: Math.max(h, 0.1), fill: "none", rx: 0.6 };
-    return [svg("rect", { ...place, stroke: "#000", "stroke-opacity": 0.55, "stroke-width": 2.2, ...extra }),
-      svg("rect", { ...place, stroke: color, "stroke-width": 1.3, ...extra })];
-  }
-  function drawLabel(box, color, text) {
-    const [x, y, , h] = boxIn(box), wide = 2.62 * text.length + 2.4, left = clamp(x, 0, width - wide);
-    const top = y > 7 ? y - 6.6 : clamp(y + h + 0.6, 0, height - 6.4);
-    return [svg("rect", { x: left, y: top, width: wide, height: 6.4, rx: 1, fill: color }),
-      svg("text", { x: left + 1.3, y: top + 4.9, fill: inkOn(color), style: `fill: ${inkOn(color)}`, text })];
-  }
   const clipped = (box) => corners(box).map((value) => clamp(value, 0, 1));
+  function drawBox(box, color, extra = {}) {
+    const [x, y, w, h] = boxIn(box), place = { x, y, width: Math.max(w, 0.1), height: Math.max(h, 0.1), rx: 0.6 };
+    return [["#000", 2.2, 0.55], [color, 1.3, 1]].map(([stroke, wide, strong]) => svg("rect", {
+      ...place, fill: "none", stroke, "stroke-width": wide, "stroke-opacity": strong, ...extra }));
+  }
+  /** A label above, below or in a box: the first place where it covers no other of `taken`. */
+  function drawLabel(box, color, text, taken = []) {
+    const [x, y, , h] = boxIn(box), wide = 2.62 * text.length + 2.4, from = clamp(x, 0, width - wide);
+    const free = (top) => top >= 0 && top <= height - 6.4
+      && !taken.some(([x1, y1, w]) => x1 < from + wide && x1 + w > from && Math.abs(y1 - top) < 6.4);
+    const top = [y - 6.8, y + h + 0.4, y + h - 6.8, y + 0.4].find(free) ?? clamp(y - 6.8, 0, height - 6.4);
+    taken.push([from, top, wide]);
+    return [svg("rect", { x: from, y: top, width: wide, height: 6.4, rx: 1, fill: color }),
+      svg("text", { x: from + 1.2, y: top + 4.9, text, style: `fill: ${inkOn(color)}`,
+        textLength: wide - 2.4, lengthAdjust: "spacingAndGlyphs" })];
+  }
+  const wordsOf = (query, { score, label }) =>
+    (score < SURE ? `${query} nothing` : `${query} ${names[label]} ${Math.round(100 * score)}%`);
 
+  function showAnswers({ queries }) {
+    const seen = [...queries.keys()].filter((query) => queries[query].score >= SURE && query !== state.query);
+    seen.sort((a, b) => queries[b].score - queries[a].score);  // the surest are labelled first
+    const taken = [], boxOf = (query) => [clipped(queries[query].box), colorOf(queries[query].label)];
+    const parts = seen.flatMap((query) => drawBox(...boxOf(query), state.query < 0 ? {} : { opacity: 0.35 }));
+    if (state.query < 0) {
+      parts.push(...seen.flatMap((query) => drawLabel(...boxOf(query), wordsOf(query, queries[query]), taken)));
+    }
+    shares.hidden = state.query < 0;
+    queryHint.textContent = shares.hidden ? "Point at a query, or press it, to see where it looks."
+      : `Query ${state.query} in layer ${state.layer + 1} looks at`;
+    queryNodes.forEach((node, query) => {
+      const { score, label } = queries[query], sure = score >= SURE, [, name, bar, number] = node.parts;
+      name.textContent = sure ? names[label] : "nothing";
+      name.classList.toggle("live-quiet", !sure);
+      number.textContent = percent(score);
+      set(bar.firstChild, { style: `width: ${100 * score}%; background: ${colorOf(label)}` });
+      set(node, { "aria-pressed": String(query === state.held),
+        "aria-label": `query ${query}: ${sure ? names[label] : "nothing"}, ${percent(score)}` });
+    });
+    return shares.hidden ? parts : [...parts, ...showQuery(queries[state.query])];
+  }
+  /** One query: its box, the way of its centre from layer to layer, and where it looks. */
+  function showQuery(query) {
+    const { layers, looked } = state.answer, color = colorOf(query.label), box = clipped(query.box);
+    const trail = layers.map(({ queries }) => queries[state.query].box).map(([x, y]) => [x * width, y * height]);
+    const weights = rowOf(looked[state.layer], state.query, 0);
+    darken(weights);
+    tellShares(shares, weights);
+    return [...drawBox(box, color, query.score < SURE ? { "stroke-dasharray": "3 2" } : {}),
+      svg("path", { d: `M${trail.join("L")}`, fill: "none", stroke: "#fff", "stroke-width": 0.8 }),
+      ...trail.map(([cx, cy], layer) => svg("circle", {
+        cx, cy, r: layer === state.layer ? 1.8 : 1, fill: color, stroke: "#fff", "stroke-width": 0.5 })),
+      ...drawLabel(box, color, wordsOf(state.query, query)), ...letters()];
+  }
+  function showEncoder() {
+    const [column, row] = state.cell;
+    const weights = rowOf(state.answer.attended[state.encoderLayer], row * columns + column, state.head);
+    darken(weights);
+    tellShares(cellShares, weights);
+    cellTitle.textContent = `From column ${column + 1}, row ${row + 1}`;
+    return letters();
+  }
+  function showMatching({ queries, costs: costs_, matched }) {
+    const { targets, layers } = state.answer, last = layers.at(-1).matched, wide = pairWide();
+    const middle = ([x1, y1, x2, y2]) => [(x1 + x2) / 2 * width, (y1 + y2) / 2 * height];
+    const totals = costs_.flat().map(({ total }) => total), low = Math.min(...totals), high = Math.max(...totals);
+    const down = (query) => 8 + 5 * query, across = (target) => 12 + wide * target;
+    table.replaceChildren(...targets.flatMap(({ kind, index }, t) => [
+      glyph(kind, { transform: `translate(${across(t + 0.5)} 3.8) scale(3.4)`, fill: colorOf(kinds.indexOf(kind)) }),
+      svg("text", { x: across(t + 0.5), y: 5, "text-anchor": "middle", class: "live-letter", text: letter(index) }),
+      ...costs_[t].flatMap(({ total }, query) => [
+        svg("rect", { x: across(t) + 0.3, y: down(query) + 0.3, width: wide - 0.6, height: 4.4, rx: 0.6,
+          fill: "var(--good)", "fill-opacity": (0.75 * ((high - total) / (high - low || 1)) ** 3).toFixed(3),
+          stroke: matched[t] === query ? "var(--ink)" : "none", "stroke-width": 0.7 }),
+        svg("text", { x: across(t + 0.5), y: down(query) + 3.9, "text-anchor": "middle", text: fixed(total, 1),
+          "font-weight": matched[t] === query ? 700 : 400 })]),
+    ]), ...queries.map((_, query) => svg("text", { x: 8, y: down(query) + 3.9, "text-anchor": "end", text: query })));
+    state.pair[0] = clamp(state.pair[0], 0, Math.max(0, targets.length - 1));
+    set(cursor, { x: across(state.pair[0]), y: down(state.pair[1]), width: wide, height: 5,
+      visibility: targets.length ? null : "hidden" });
+    pairText.textContent = targets.length ? pairWords() : "There is no shape, so no query is asked for one.";
+    const others = layers.filter((layer) => layer.matched.some((query, t) => query !== last[t])).length;
+    sumText.textContent = `Together ${fixed(sum(matched.map((query, t) => costs_[t][query].total)))}. `
+      + (others ? `In ${others} of ${data.layers} layers other queries are matched.` : "All layers match alike.");
+    return [...targets.flatMap((target, t) => {
+      const { box, label } = queries[matched[t]], color = colorOf(label);
+      const way = [target.corners, corners(box)].map(middle);
+      return [...drawBox(target.corners, "#fff", { "stroke-dasharray": "2 1.5" }), ...drawBox(clipped(box), color),
+        svg("path", { d: `M${way.join("L")}`, stroke: "#fff", "stroke-width": 0.8 }),
+        ...drawLabel(clipped(box), color, String(matched[t]))];
+    }), ...letters()];
+  }
   function show() {
-    const { answer } = state;
-    if (!answer) return;
-    const { queries, costs: table_, matched } = layerNow(), last = answer.layers[lastLayer()].queries;
-    const parts = [], seen = queries.flatMap(({ score }, query) => (score >= SURE ? [query] : []));
-    set(cell, { visibility: state.tab === "encoder" ? null : "hidden", x: state.cell[0] * CELL, y: state.cell[1] * CELL });
+    if (!state.answer) return;
+    const { targets, layers, milliseconds } = state.answer;
+    const draw = { answers: showAnswers, encoder: showEncoder, matching: showMatching }[state.tab];
+    const [x, y] = state.cell, found = layers.at(-1).queries.filter(({ score }) => score >= SURE).length;
+    set(cell, { visibility: state.tab === "encoder" ? null : "hidden", x: x * CELL, y: y * CELL });
     veil.hidden = true;
-    if (state.tab === "encoder") {
-      const weights = rowOf(answer.attended[state.encoderLayer], state.cell[1] * columns + state.cell[0], state.head);
-      veil.hidden = false;
-      darken(weights);
-      parts.push(...letters());
-      cellTitle.textContent = `From column ${state.cell[0] + 1}, row ${state.cell[1] + 1}`;
-      tellShares(cellShares, weights);
-    }
-    if (state.tab === "answers") {
-      for (const query of seen) {
-        if (query === state.query) continue;
-        const { box, label, score } = queries[query];
-        parts.push(...drawBox(clipped(box), colorOf(label), state.query >= 0 ? { opacity: 0.35 } : {}));
-        if (state.query < 0) parts.push(...drawLabel(clipped(box), colorOf(label), `${query} ${names[label]} ${Math.round(100 * score)}%`));
-      }
-      if (state.query >= 0) {
-        const { box, label, score } = queries[state.query], color = colorOf(label);
-        const trail = answer.layers.map((layer) => layer.queries[state.query].box.slice(0, 2).map((x, i) => x * [width, height][i]));
-        const weights = rowOf(answer.looked[state.layer], state.query, 0);
-        veil.hidden = false;
-        darken(weights);
-        parts.push(...drawBox(clipped(box), color, score < SURE ? { "stroke-dasharray": "3 2" } : {}),
-          svg("path", { d: `M${trail.map((point) => point.join(" ")).join("L")}`, fill: "none", stroke: "#fff", "stroke-width": 0.8 }),
-          ...trail.map(([cx, cy], l) => svg("circle", { cx, cy, r: l === state.layer ? 1.8 : 1, fill: color, stroke: "#fff", "stroke-width": 0.5 })),
-          ...drawLabel(clipped(box), color, score < SURE ? `${state.query} nothing` : `${state.query} ${names[label]} ${Math.round(100 * score)}%`));
-        parts.push(...letters());
-        tellShares(shares, weights);
-      }
-      shares.hidden = state.query < 0;
-      queryHint.textContent = state.query < 0 ? "Point at a query, or press it, to see where it looks."
-        : `Query ${state.query} in layer ${state.layer + 1} looks at`;
-      queryNodes.forEach((node, query) => {
-        const { score, label } = queries[query], sure = score >= SURE, [, name, bar, number] = node.parts;
-        name.textContent = sure ? names[label] : "nothing";
-        name.classList.toggle("live-quiet", !sure);
-        number.textContent = percent(score);
-        set(bar.firstChild, { style: `width: ${100 * score}%; background: ${colorOf(label)}` });
-        set(node, { "aria-pressed": String(query === state.held),
-          "aria-label": `query ${query}: ${sure ? names[label] : "nothing"}, ${percent(score)}` });
-      });
-    }
-    if (state.tab === "matching") {
-      const { targets } = answer, wide = pairWide(), middle = (box) => [(box[0] + box[2]) / 2 * width, (box[1] + box[3]) / 2 * height];
-      targets.forEach((target, t) => {
-        const query = matched[t], { box, label } = queries[query], [a, b] = [middle(target.corners), middle(corners(box))];
-        parts.push(...drawBox(target.corners, "#fff", { "stroke-dasharray": "2 1.5" }), ...drawBox(clipped(box), colorOf(label)),
-          svg("path", { d: `M${a.join(" ")}L${b.join(" ")}`, stroke: "#fff", "stroke-width": 0.8 }),
-          ...drawLabel(clipped(box), colorOf(label), `${query}`));
-      });
-      parts.push(...letters());
-      state.pair = [clamp(state.pair[0], 0, Math.max(0, targets.length - 1)), state.pair[1]];
-      const flat = table_.flat().map(({ total }) => total), low = Math.min(...flat), high = Math.max(...flat);
-      table.replaceChildren(...targets.flatMap((target, t) => {
-        const x = 12 + t * wide, head = glyph(target.kind, { transform: `translate(${x + wide / 2} 3.8) scale(3.4)`, fill: colorOf(kinds.indexOf(target.kind)) });
-        return [head, svg("text", { x: x + wide / 2, y: 5, "text-anchor": "middle", class: "live-letter", text: letter(target.index) }), ...table_[t].flatMap(({ total }, query) => {
-          const share = (high - total) / (high - low || 1), mine = matched[t] === query;
-          return [svg("rect", { x: x + 0.3, y: 8.3 + query * 5, width: wide - 0.6, height: 4.4, rx: 0.6, fill: "var(--good)", "fill-opacity": (0.75 * share ** 3).toFixed(3),
-            stroke: mine ? "var(--ink)" : "none", "stroke-width": 0.7 }),
-            svg("text", { x: x + wide / 2, y: 11.7 + query * 5, "text-anchor": "middle", text: fixed(total, 1), "font-weight": mine ? 700 : 400 })];
-        })];
-      }), ...queries.map((_, query) => svg("text", { x: 8, y: 11.7 + query * 5, "text-anchor": "end", text: query })));
-      set(cursor, { x: 12 + state.pair[0] * wide, y: 8 + state.pair[1] * 5, width: wide, height: 5, visibility: targets.length ? null : "hidden" });
-      pairText.textContent = targets.length ? pairWords() : "There is no shape, so no query is asked for one.";
-      const other = answer.layers.filter((layer) => layer.matched.some((query, t) => query !== answer.layers[lastLayer()].matched[t])).length;
-      sumText.textContent = `All matches together cost ${fixed(sum(matched.map((query, t) => table_[t][query].total)))}. `
-        + (other ? `In ${other} of ${data.layers} layers another query is matched than in the last.` : "All layers match alike.");
-    }
-    boxes.replaceChildren(...parts);
-    const boxes_ = last.filter(({ score }) => score >= SURE).length;
-    clock.textContent = `${answer.targets.length} shapes, ${boxes_} boxes. The model took ${Math.round(answer.milliseconds)} ms.`;
+    boxes.replaceChildren(...draw(layerNow()));
+    clock.textContent = `${targets.length} shapes, ${found} boxes. The model took ${Math.round(milliseconds)} ms.`;
   }
   function pairWords() {
-    const { targets } = state.answer, target = targets[state.pair[0]];
+    const [t, query] = state.pair, target = state.answer.targets[t];
     if (!target) return "no shape";
-    const { terms, total } = layerNow().costs[state.pair[0]][state.pair[1]], [a, b, c] = terms.map((term) => fixed(term));
-    return `Query ${state.pair[1]} for ${letter(target.index)}, the ${target.kind}: class ${a}, distance ${b}, overlap ${c}; together ${fixed(total)}`
-      + `${layerNow().matched[state.pair[0]] === state.pair[1] ? ", matched" : ""}.`;
+    const { costs: costs_, matched } = layerNow(), { terms, total } = costs_[t][query];
+    const [a, b, c] = terms.map((term) => fixed(term));
+    return `Query ${query} for ${letter(target.index)}, the ${target.kind}: class ${a}, distance ${b}, overlap ${c}; `
+      + `together ${fixed(total)}${matched[t] === query ? ", matched" : ""}.`;
   }
   function summary() {
-    const found = state.answer.layers[lastLayer()].queries.flatMap(({ score, label }, query) =>
+    const found = state.answer.layers.at(-1).queries.flatMap(({ score, label }, query) =>
       (score >= SURE ? [`${names[label]} ${percent(score)} by query ${query}`] : []));
     return `${state.scene.shapes.length} shapes; found: ${found.join(", ") || "nothing"}.`;
   }
 
-  open_("answers");
+  turnTo("answers");
   view.replaceChildren(view.firstChild, left, right);
   relist();
 }

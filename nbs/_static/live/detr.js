@@ -20,7 +20,8 @@ function liveDetr() {
       const size = shape.reduce((a, b) => a * b, 1), row = size / shape[0];
       const scales = shape.length > 1 && take(Float32Array, shape[0]);
       const values = new Float64Array(take(scales ? Int8Array : Float32Array, size));
-      for (let r = 0, i = 0; scales && r < shape[0]; r++) for (const end = i + row; i < end; i++) values[i] *= scales[r];
+      for (let r = 0, i = 0; scales && r < shape[0]; r++)
+        for (const end = i + row; i < end; i++) values[i] *= scales[r];
       tensors[name] = { shape, values };
     }
     return { settings: packed.settings, tensors };

@@ -30,7 +30,7 @@ function liveScene() {
     rectangle: (u, v) => Math.max(Math.abs(u), Math.abs(v)) - 0.75,
     triangle: (u, v) => Math.max(v, Math.abs(u) * 0.866 - v * 0.5) - 0.5,
     star: (u, v) => {
-      const turn = (Math.atan2(u, v) + TENTH) % (2 * TENTH), angle = Math.abs((turn < 0 ? turn + 2 * TENTH : turn) - TENTH);
+      const turn = (Math.atan2(u, v) + 11 * TENTH) % (2 * TENTH), angle = Math.abs(turn - TENTH); // 0 to 36 degrees
       const radius = Math.hypot(u, v), nx = NOTCH[1], ny = 1 - NOTCH[0];
       return ((radius * Math.cos(angle) - 1) * nx + radius * Math.sin(angle) * ny) / Math.hypot(nx, ny);
     },
@@ -80,8 +80,10 @@ function liveScene() {
     seed: Math.floor(random() * 2 ** 31) });
 
   function randomGround(width, height, rng) {
-    const kinds = [...STUFF].sort(() => rng.random() - 0.5).slice(0, rng.choose([1, 2, 3], [0.35, 0.45, 0.2]));
-    return kinds.map((kind, i) => {
+    const left = [...STUFF], count = rng.choose([1, 2, 3], [0.35, 0.45, 0.2]);
+    return Array.from({ length: count }, (_, i) => {
+      const kind = rng.choose(left);
+      left.splice(left.indexOf(kind), 1);
       const first = randomColor(rng);
       return { first, second: nearbyColor(first, rng), pattern: randomPattern(kind, [6, 18], rng),
         border: i ? { angle: rng.uniform(0, 2 * Math.PI), wave: rng.uniform(0, 6), x: rng.uniform(0.25, 0.75) * width,
@@ -145,10 +147,11 @@ function liveScene() {
     return { picture, owner };
   }
 
-  // The finished picture in RGBA, and the boxes [x1, y1, x2, y2] around what is seen of each shape; null where nothing is.
+  // The finished picture in RGBA, and boxes [x1, y1, x2, y2] around what is seen of each shape, or null.
   function paint(scene) {
     const { width, height, tilt, noise, shapes } = scene, { picture, owner } = compose(scene), grains = noiseOf(scene);
-    const pixels = new Uint8ClampedArray(width * height * 4), boxes = shapes.map(() => null), areas = shapes.map(() => 0);
+    const pixels = new Uint8ClampedArray(width * height * 4);
+    const boxes = shapes.map(() => null), areas = shapes.map(() => 0);
     for (let y = 0, i = 0; y < height; y++)
       for (let x = 0; x < width; x++, i++) {
         const light = 1 + tilt[0] * (2 * x / (width - 1) - 1) + tilt[1] * (2 * y / (height - 1) - 1);
@@ -172,11 +175,13 @@ function liveScene() {
       count++;
       for (let c = 0; c < 3; c++) below[c] += picture[3 * i + c];
     });
-    const differs = color => color.reduce((sum, x, c) => sum + Math.abs(x - below[c] / Math.max(count, 1)), 0) / 3 >= 40;
+    const mean = below.map(sum => sum / Math.max(count, 1));
+    const differs = color => color.reduce((sum, x, c) => sum + Math.abs(x - mean[c]), 0) / 3 >= 40;
     let color = randomColor(rng);
     for (let i = 0; i < 8 && !differs(color); i++) color = randomColor(rng);
     const kind = rng.choose(["plain", ...STUFF], [0.6, 0.1, 0.1, 0.1, 0.1]);
-    return { ...pose, color, second: nearbyColor(color, rng), pattern: kind === "plain" ? null : randomPattern(kind, [5, 12], rng),
+    return { ...pose, color, second: nearbyColor(color, rng),
+      pattern: kind === "plain" ? null : randomPattern(kind, [5, 12], rng),
       outline: rng.random() < 0.4 ? { thickness: rng.uniform(1, 2.5), color: randomColor(rng) } : null };
   }
 
@@ -185,7 +190,8 @@ function liveScene() {
     const radius = rng.uniform(8, 32), edge = 0.6 * radius;
     let x = rng.uniform(edge, width - edge), y = rng.uniform(edge, height - edge);
     if (shapes.length && rng.random() < 0.35) {
-      const other = rng.choose(shapes), way = rng.uniform(0, 2 * Math.PI), gap = rng.uniform(0.5, 1) * (radius + other.radius);
+      const other = rng.choose(shapes), way = rng.uniform(0, 2 * Math.PI);
+      const gap = rng.uniform(0.5, 1) * (radius + other.radius);
       x = clip(other.x + gap * Math.cos(way), edge, width - edge);
       y = clip(other.y + gap * Math.sin(way), edge, height - edge);
     }
