@@ -8,6 +8,7 @@ import copy
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +111,8 @@ class _ManyMaps(ProposalDETR):
             setattr(layer, look, DeformableAttention(width, layer.self_attn.heads, num_feature_levels))
 
     def decode(
-        self, images: Float[Tensor, "B 3 H W"], padding: Bool[Tensor, "B H W"] | None = None
+        self, images: Float[Tensor, "B 3 H W"], padding: Bool[Tensor, "B H W"] | None = None,
+        **given: Any,  # what else `begin` takes
     ) -> tuple[Decoded, Float[Tensor, "B S D"], Features]:
         "As in `DETR`, of several maps."
         features, last = self.backbone(images, padding), min(len(self.input_proj), 3)
@@ -122,7 +124,7 @@ class _ManyMaps(ProposalDETR):
             paddings = [padding[:, ::stride, ::stride] for stride, _ in zip(strides, maps)]
             real = [~hidden[:, None] for hidden in paddings]
         maps = [_masked_group_norm(x, norm, cells) for x, (_, norm), cells in zip(maps, self.input_proj, real)]
-        return *self.attend(maps, paddings), features
+        return *self.attend(maps, paddings, **given), features
 
     def lay_out(
         self, projected: Sequence[Float[Tensor, "B D h w"]], padding: Sequence[Bool[Tensor, "B h w"] | None]
@@ -162,10 +164,11 @@ class DeformableDETR(_ManyMaps):
             nn.init.constant_(first.layers[-1].bias[2:], -2.0)  # boxes begin with an eighth of the image's sides
 
     def begin(
-        self, memory: Float[Tensor, "B S D"], projected: Sequence[Tensor], padding: Sequence[Tensor | None]
+        self, memory: Float[Tensor, "B S D"], projected: Sequence[Tensor], padding: Sequence[Tensor | None],
+        **given: Any,  # see `decode`
     ) -> Beginning:
         "As in `ProposalDETR`, if queries are boxes; else what they are about is learned, or made of the proposals."
-        first = super().begin(memory, projected, padding)
+        first = super().begin(memory, projected, padding, **given)
         if self.refines:
             return first
         if self.two_stage:
