@@ -31,6 +31,8 @@ VARIANTS = {  # each adds one idea to the one before
                                         "--repeat_targets 4",
     "and three groups": f"--decoder dab {SIGMOID} --box_bias rpb --two_stage --repeat_targets 4 "
                         "--query_groups 3",
+    "points of two maps, IA-BCE, proposals": f"--decoder dab_deformable {SIGMOID} --two_stage --repeat_targets 4 "
+                                             "--num_feature_levels 2",  # in place of all cells and a bias
 }
 
 
