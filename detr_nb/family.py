@@ -10,6 +10,7 @@ from torch import nn
 
 from .anchors import AnchorDecoder, AnchorDETR, AnchorEncoder, ConditionalDecoder
 from .criterion import SetCriterion
+from .denoising import Denoising, DenoisingDETR
 from .distributed import UserError
 from .focal import SigmoidScores
 from .groups import GroupedDETR, OneToMany
@@ -17,17 +18,17 @@ from .proposals import ProposalDETR
 from .transformer import Transformer
 
 # %% ../nbs/48_family.ipynb #c698dfdb
-def _check_family(decoder: str, box_bias: str, two_stage: bool, sigmoid: bool) -> None:
+def _check_family(decoder: str, box_bias: str, two_stage: bool, denoising: int, sigmoid: bool) -> None:
     "Raise `UserError` for ideas that do not go together, and say why."
     if decoder != "dab":
-        for flag, value in (("--box_bias", box_bias != "none"), ("--two_stage", two_stage)):
+        for flag, value in (("--box_bias", box_bias != "none"), ("--two_stage", two_stage), ("--denoising", denoising)):
             if value:
                 raise UserError(f"{flag} needs --decoder dab: the queries of --decoder {decoder} are no boxes")
     if two_stage and not sigmoid:
         raise UserError("--two_stage ranks cells by their surest class: give a --class_loss other than ce, whose "
                         "no-object takes part in every probability")
 
-
+# %% ../nbs/48_family.ipynb #48build02
 def build_family(
     backbone: nn.Module,
     position_encoding: nn.Module,
@@ -41,10 +42,12 @@ def build_family(
     box_bias: Literal["none", "gauss", "rpb"] = "none",
     two_stage: bool = False,
     class_loss: Literal["ce", "focal", "ia_bce", "vfl", "mal"] = "ce",  # ce: with no-object
+    denoising: int = 0,
+    **noise: Any,  # see `DenoisingDETR`
 ) -> GroupedDETR:
     "A DETR with the ideas that came after it; raises `UserError` for those that do not go together."
     sigmoid = class_loss != "ce"
-    _check_family(decoder, box_bias, two_stage, sigmoid)
+    _check_family(decoder, box_bias, two_stage, denoising, sigmoid)
     width, heads, dim_feedforward, dropout, pre_norm = layer.values()
     transformer = Transformer(width, heads, enc_layers, dec_layers, dim_feedforward, dropout, pre_norm)
     if decoder == "dab":
@@ -56,10 +59,12 @@ def build_family(
                 nn.init.xavier_uniform_(parameter)
     kind, ideas = {"detr": (GroupedDETR, {}), "conditional": (AnchorDETR, {}), "dab": (
         ProposalDETR, dict(box_bias=box_bias, two_stage=two_stage))}[decoder]
+    if denoising:
+        kind, ideas = DenoisingDETR, ideas | dict(denoising=denoising, **noise)
     model = kind(backbone, transformer, position_encoding, num_classes=num_classes, num_queries=num_queries,
                  query_groups=query_groups, sigmoid=sigmoid, **ideas)
     model.family = dict(num_classes=num_classes, num_queries=num_queries, decoder=decoder, query_groups=query_groups,
-                        box_bias=box_bias, two_stage=two_stage, class_loss=class_loss)
+                        box_bias=box_bias, two_stage=two_stage, class_loss=class_loss, denoising=denoising, **noise)
     return model
 
 # %% ../nbs/48_family.ipynb #69bbfee6
@@ -71,5 +76,5 @@ def family_criterion(
 ) -> SetCriterion:
     "The criterion of DETR with the scores, groups and proposals of its family."
     sigmoid = {} if class_loss == "ce" else {"class_loss": class_loss}
-    parts = (OneToMany, SigmoidScores, kind) if sigmoid else (OneToMany, kind)
+    parts = (Denoising, OneToMany, SigmoidScores, kind) if sigmoid else (Denoising, OneToMany, kind)
     return type("FamilyCriterion", parts, {})(repeat_targets=repeat_targets, **sigmoid, **settings)
