@@ -29,8 +29,11 @@ VARIANTS = {  # each adds one idea to the one before
     "anchors, IA-BCE, bias": f"--decoder dab {SIGMOID} --box_bias rpb",
     "anchors, IA-BCE, bias, proposals": f"--decoder dab {SIGMOID} --box_bias rpb --two_stage "
                                         "--repeat_proposals 4",
+    "and denoising": f"--decoder dab {SIGMOID} --box_bias rpb --two_stage --repeat_proposals 4 --denoising 16",
     "and three groups": f"--decoder dab {SIGMOID} --box_bias rpb --two_stage --repeat_proposals 4 "
                         "--query_groups 3",
+    "points of two maps, IA-BCE, proposals": f"--decoder dab_deformable {SIGMOID} --two_stage --repeat_proposals 4 "
+                                             "--num_feature_levels 2",  # in place of all cells and a bias
 }
 
 

@@ -7,7 +7,7 @@ __all__ = ['box_code', 'ConditionalLayer', 'ConditionalDecoder', 'AnchorDecoder'
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -89,12 +89,13 @@ class ConditionalLayer(_Activated, _Layer):
         positions: Float[Tensor, "b S D"],
         keep: Tensor | None = None,  # see `_Mix`
         groups: int = 1,
+        heard: Bool[Tensor, "B 1 Q Q"] | None = None,  # who is heard by each query; None: all of its group
     ) -> Float[Tensor, "B Q D"]:
         "One round of talking, looking and thinking."
         def talk(x: Tensor) -> Tensor:
             q, k = (content(x) + place(queries) for content, place in (
                 (self.sa_qcontent_proj, self.sa_qpos_proj), (self.sa_kcontent_proj, self.sa_kpos_proj)))
-            mixed = self.self_attn(fold(q, groups), fold(k, groups), fold(self.sa_v_proj(x), groups))
+            mixed = self.self_attn(fold(q, groups), fold(k, groups), fold(self.sa_v_proj(x), groups), heard)
             return mixed.unflatten(0, (-1, groups)).flatten(1, 2)
 
         def look(x: Tensor) -> Tensor:
@@ -162,19 +163,21 @@ class AnchorDecoder(ConditionalDecoder):
         self, anchors: Float[Tensor, "*B Q 4"], memory: Float[Tensor, "B S D"], positions: Float[Tensor, "b S D"],
         keep: Bool[Tensor, "B 1 1 S"] | None, groups: int,
         move: Callable,  # the box head: by how much what was found moves a box
-        content: Float[Tensor, "Q D"] | None = None,  # what the queries begin with; None: nothing
+        content: Float[Tensor, "*B Q D"] | None = None,  # what the queries begin with; None: nothing
         near: Callable | None = None,  # what a later chapter makes of `keep`, for a layer's number, boxes and slots
+        heard: Bool[Tensor, "B 1 Q Q"] | None = None,  # in place of groups: who is heard by each query
     ) -> tuple[Float[Tensor, "L B Q D"], Float[Tensor, "L B Q 4"]]:
         "Boxes are logits of shares; a layer's gradient moves the box before it, and none further back."
         half, raw = self.width // 2, anchors.expand(memory.shape[0], -1, -1)
         slots = raw.new_zeros(raw.shape[1], self.width) if content is None else content
         slots, found, references = slots.expand(memory.shape[0], -1, -1), [], [raw]
+        groups = groups if heard is None else 1
         for index, layer in enumerate(self.layers):
             boxes = raw.sigmoid()
             code = box_code(boxes, half)
             seen = keep if near is None else near(index, boxes, slots, keep)
             where = self.where(index, slots, boxes, code[..., : 2 * half])
-            slots = layer(slots, self.ref_point_head(code), where, memory, positions, seen, groups)
+            slots = layer(slots, self.ref_point_head(code), where, memory, positions, seen, groups, heard)
             found.append(slots)
             references.append(raw + move(self.norm(slots) if self.pre_norm else slots))  # as answers are read
             raw = references[-1].detach()
@@ -214,6 +217,7 @@ class Beginning(NamedTuple):
     groups: int
     extra: dict  # what else it takes
     proposals: Predictions | None = None
+    copies: Any = None  # see `Decoded`
 
 
 class AnchorDETR(GroupedDETR):
@@ -231,14 +235,15 @@ class AnchorDETR(GroupedDETR):
             nn.init.zeros_(parameter)  # an answer begins as the reference itself
 
     def attend(
-        self, projected: Float[Tensor, "B D h w"], padding: Bool[Tensor, "B h w"] | None = None
+        self, projected: Float[Tensor, "B D h w"], padding: Bool[Tensor, "B h w"] | None = None,
+        **given: Any,  # what else `begin` takes
     ) -> tuple[Decoded, Float[Tensor, "B S D"]]:
         "As in `DETR`."
         tokens, positions, keep = self.lay_out(projected, padding)
         memory = self.transformer.encoder(tokens, positions, keep)
-        first, groups, extra, proposals = self.begin(memory, projected, padding)
+        first, groups, extra, *told = self.begin(memory, projected, padding, **given)
         slots, references = self.transformer.decoder(first, memory, positions, keep, groups, **extra)
-        return Decoded(slots, references, groups, proposals), memory
+        return Decoded(slots, references, groups, *told), memory
 
     def lay_out(self, projected: Float[Tensor, "B D h w"], padding: Bool[Tensor, "B h w"] | None) -> tuple:
         "Cells in a row, their places, and which of them may be looked at."

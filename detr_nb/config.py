@@ -78,6 +78,14 @@ class ModelConfig:
     # with dab: attention's scores get a bias, a Gaussian beside the box, or a learned function of its edges
     box_bias: Literal["none", "gauss", "rpb"] = "none"
     two_stage: bool = False  # with dab or deformable decoders: queries begin with boxes that the encoder proposes
+    # with dab and dab_deformable, in training: noised copies of each image's objects, which the decoder mends; 0: none
+    # (DINO: 100)
+    denoising: int = 0
+    dn_groups: int = 0  # at most so many copies of one object; 0: as many as there is room for (DN: 5)
+    # contrastive: each copy has a negative beside it, which is further off; plain: it has none (DN)
+    dn_noise: Literal["contrastive", "plain"] = "contrastive"
+    dn_label_noise: float = 0.5  # share of labels drawn anew, with contrastive half of it (DINO: 0.5, DN: 0.2)
+    dn_box_noise: float = 1.0  # how far a copy's edges move, in halves of its box (DINO: 1, DN: 0.4)
     masks: bool = False  # also paint a mask for each object (paper: in a second training)
     # smallest probability of a class that gives a segment in the panoptic evaluation (paper: 0.85)
     panoptic_threshold: float = 0.85
@@ -222,11 +230,15 @@ PRESETS["conditional"] = PRESETS["paper"].but(**_AFTER | {"temperature": 10000},
                                               class_loss="focal")
 PRESETS["dab"] = PRESETS["paper"].but(**_AFTER, decoder="dab", class_loss="focal")
 PRESETS["group_dab"] = PRESETS["dab"].but(query_groups=11, epochs=12, lr_drop=11)
+PRESETS["dn"] = PRESETS["dab"].but(denoising=100, dn_groups=5, dn_noise="plain", dn_label_noise=0.2, dn_box_noise=0.4)
 PRESETS["deformable"] = PRESETS["paper"].but(
     **_AFTER | {"temperature": 10000}, decoder="deformable", class_loss="focal", num_feature_levels=4,
     dim_feedforward=1024, lr=2e-4, lr_backbone=2e-5)
 PRESETS["deformable_refine"] = PRESETS["deformable"].but(with_box_refine=True)
 PRESETS["deformable_two_stage"] = PRESETS["deformable_refine"].but(two_stage=True)
+PRESETS["dino"] = PRESETS["dab"].but(
+    decoder="dab_deformable", num_feature_levels=4, two_stage=True, denoising=100, num_queries=900, dropout=0.0,
+    cls_loss_coef=1, lr_linear_proj_mult=1.0, epochs=12, lr_drop=11)
 PRESETS["shapes_dab"] = PRESETS["shapes"].but(
     epochs=7, decoder="dab", box_bias="rpb", two_stage=True, class_loss="ia_bce", repeat_proposals=4, set_cost_class=2,
     cls_loss_coef=2, bbox_loss_coef=5, giou_loss_coef=2,

@@ -27,6 +27,7 @@ class Predictions(NamedTuple):
     sigmoid: bool = False  # each class has a probability of its own
     groups: int = 1  # sets of queries side by side, each of which answers for all objects
     proposals: "Predictions | None" = None  # what the encoder's tokens answer, where they are asked
+    denoised: Any = None  # what is answered for noised objects, where a later chapter makes such
 
     def last_layer(self) -> "Predictions":
         "The answer alone, still with a layer dimension: what is learned from without auxiliary losses."
@@ -44,6 +45,7 @@ class Decoded(NamedTuple):
     references: Float[Tensor, "L B Q 4"] | None = None  # added to boxes before the sigmoid; None: nothing is
     groups: int = 1  # see `Predictions`
     proposals: Predictions | None = None  # see `Predictions`
+    copies: Any = None  # of objects, whose slots come first
 
 # %% ../nbs/13_detr.ipynb #cb8a1519
 class MLP(nn.Module):
@@ -128,15 +130,16 @@ class DETR(nn.Module):
         self,
         images: Float[Tensor, "B 3 H W"],  # normalised
         padding: Bool[Tensor, "B H W"] | None = None,  # True on padded pixels
+        **given: Any,  # what else `attend` takes
     ) -> tuple[Decoded, Float[Tensor, "B S D"], Features]:  # the decoder's and the encoder's output, features
         "All but the heads."
         features = self.backbone(images, padding)
-        decoded, memory = self.attend(self.input_proj(features.maps[-1]), features.padding)
+        decoded, memory = self.attend(self.input_proj(features.maps[-1]), features.padding, **given)
         return decoded, memory, features
 
     def answer(self, decoded: Decoded) -> Predictions:
         "What the two heads say of what was found."
-        slots, references, groups, proposals = decoded
+        slots, references, groups, proposals, _ = decoded
         logits, boxes = (in_full_precision(head, slots) for head in (self.class_embed, self.bbox_embed))
         boxes = boxes if references is None else boxes + references
         return Predictions(logits, boxes.sigmoid(), None, self.sigmoid, groups, proposals)
@@ -145,9 +148,10 @@ class DETR(nn.Module):
         self,
         images: Float[Tensor, "B 3 H W"],  # normalised, any size
         padding: Bool[Tensor, "B H W"] | None = None,  # True on padded pixels; None when nothing is padded
+        **given: Any,  # see `decode`
     ) -> Predictions:
         "Look at the images once, and answer with one class and one box per query."
-        return self.answer(self.decode(images, padding)[0])
+        return self.answer(self.decode(images, padding, **given)[0])
 
 # %% ../nbs/13_detr.ipynb #f4f762fe
 def build_detr(

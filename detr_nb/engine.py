@@ -57,9 +57,9 @@ def check_settings(config: Config) -> None:
                         "on training everything, the second trains the mask head alone")
     if run.frozen_weights and not config.model.masks:
         raise UserError("--frozen_weights needs --masks, since the mask head alone learns; or use --finetune")
-    if config.model.masks and (config.model.query_groups > 1 or config.model.two_stage):
-        raise UserError("masks are learned by one group of queries with boxes of their own: --query_groups 1, and no "
-                        "--two_stage")
+    if config.model.masks and (config.model.query_groups > 1 or config.model.two_stage or config.model.denoising):
+        raise UserError("masks are learned by one group of queries with boxes of their own: --query_groups 1, "
+                        "--denoising 0, and no --two_stage")
     if config.model.masks and "deformable" in config.model.decoder:
         raise UserError(f"masks are painted from one map that attention has weighed as a whole, and --decoder "
                         f"{config.model.decoder} looks at a few spots of it: --decoder detr, conditional or dab")
@@ -92,6 +92,7 @@ def choose_transform(config: Config, train: bool) -> Transform:
 
 # %% ../nbs/28_engine.ipynb #29a61fce
 _DETR = {"decoder": "detr", "query_groups": 1, "box_bias": "none", "two_stage": False, "class_loss": "ce",
+         "denoising": 0, "dn_groups": 0, "dn_noise": "contrastive", "dn_label_noise": 0.5, "dn_box_noise": 1.0,
          "num_feature_levels": 1, "with_box_refine": False}
 
 
@@ -125,7 +126,7 @@ def build_criterion(config: Config, num_classes: int) -> SetCriterion:
     del weights["aux_loss"]
     if not config.model.masks:
         del weights["mask_loss_coef"], weights["dice_loss_coef"]
-    if kinds["class_loss"] == "ce" and config.model.query_groups == 1:
+    if kinds["class_loss"] == "ce" and config.model.query_groups == 1 and not config.model.denoising:
         return kind(num_classes, **weights)
     return import_module("detr_nb.family").family_criterion(kind, **kinds, num_classes=num_classes, **weights)
 
@@ -335,8 +336,10 @@ def batch_losses(
     aux_loss: bool,
 ) -> dict[str, Tensor]:
     "All losses of one batch, named for the log."
-    wanted = {}
-    if batch.targets.masks is not None and isinstance(accelerator.unwrap_model(model), SegmentationDETR):
+    wanted, bare = {}, accelerator.unwrap_model(model)
+    if model.training and hasattr(bare, "denoising"):
+        wanted["targets"] = batch.targets  # to be noised
+    if batch.targets.masks is not None and isinstance(bare, SegmentationDETR):
         wanted["keep"] = partial(criterion.matched_queries, targets=batch.targets)  # others have no loss
     with accelerator.autocast():
         predictions = model(batch.images, batch.padding, **wanted)

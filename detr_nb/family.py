@@ -10,7 +10,8 @@ from torch import nn
 
 from .anchors import AnchorDecoder, AnchorDETR, AnchorEncoder, ConditionalDecoder
 from .criterion import SetCriterion
-from .deformable import BoxDecoder, DeformableDETR, PointDecoder
+from .deformable import DINO, BoxDecoder, DeformableDETR, PointDecoder
+from .denoising import Denoising, DenoisingDETR
 from .distributed import UserError
 from .focal import SigmoidScores
 from .groups import GroupedDETR, OneToMany
@@ -24,12 +25,13 @@ _DECODERS = {"conditional": ConditionalDecoder, "dab": AnchorDecoder, "deformabl
 
 
 def _check_family(
-    decoder: str, box_bias: str, two_stage: bool, sigmoid: bool, levels: int, refine: bool, groups: int
+    decoder: str, box_bias: str, two_stage: bool, denoising: int, sigmoid: bool, levels: int, refine: bool, groups: int
 ) -> None:
     "Raise `UserError` for ideas that do not go together, and say why."
     needs = {  # flag: whether it is asked for, the decoders that have it, why the others do not
         "--box_bias": (box_bias != "none", ("dab",), "a bias is for boxes as queries that weigh all cells"),
         "--two_stage": (two_stage, ("dab", *_DEFORMABLE), "its queries are no boxes"),
+        "--denoising": (denoising, ("dab", "dab_deformable"), "its queries are no boxes"),
         "--num_feature_levels": (levels > 1, _DEFORMABLE, "all others weigh all cells, and four maps have many"),
         "--with_box_refine": (refine, ("deformable",), "with dab boxes are mended anyway, and the rest has none"),
     }
@@ -59,10 +61,12 @@ def build_family(
     class_loss: Literal["ce", "focal", "ia_bce", "vfl", "mal"] = "ce",  # ce: with no-object
     num_feature_levels: int = 1,
     with_box_refine: bool = False,
+    denoising: int = 0,
+    **noise: Any,  # see `DenoisingDETR`
 ) -> GroupedDETR:
     "A DETR with the ideas that came after it; raises `UserError` for those that do not go together."
     sigmoid = class_loss != "ce"
-    _check_family(decoder, box_bias, two_stage, sigmoid, num_feature_levels, with_box_refine, query_groups)
+    _check_family(decoder, box_bias, two_stage, denoising, sigmoid, num_feature_levels, with_box_refine, query_groups)
     width, heads, dim_feedforward, dropout, pre_norm = layer.values()
     transformer = Transformer(width, heads, enc_layers, dec_layers, dim_feedforward, dropout, pre_norm)
     if decoder == "dab":
@@ -76,10 +80,14 @@ def build_family(
     kind, ideas = {"detr": (GroupedDETR, {}), "conditional": (AnchorDETR, {}), "dab": (
         ProposalDETR, dict(box_bias=box_bias, two_stage=two_stage))}.get(
             decoder, (DeformableDETR, spots | {"two_stage": two_stage}))
+    if denoising:
+        kind = DINO if decoder == "dab_deformable" else DenoisingDETR
+        ideas |= dict(denoising=denoising, **noise)
     model = kind(backbone, transformer, position_encoding, num_classes=num_classes, num_queries=num_queries,
                  query_groups=query_groups, sigmoid=sigmoid, **ideas)
     model.family = spots | dict(num_classes=num_classes, num_queries=num_queries, decoder=decoder, two_stage=two_stage,
-                                query_groups=query_groups, box_bias=box_bias, class_loss=class_loss)
+                                query_groups=query_groups, box_bias=box_bias, class_loss=class_loss,
+                                denoising=denoising, **noise)
     return model
 
 # %% ../nbs/48_family.ipynb #69bbfee6
@@ -92,6 +100,6 @@ def family_criterion(
 ) -> SetCriterion:
     "The criterion of DETR with the scores, groups and proposals of its family."
     sigmoid = {} if class_loss == "ce" else {"class_loss": class_loss}
-    parts = (OneToMany, SigmoidScores, kind) if sigmoid else (OneToMany, kind)
+    parts = (Denoising, OneToMany, SigmoidScores, kind) if sigmoid else (Denoising, OneToMany, kind)
     criterion = type("FamilyCriterion", parts, {})
     return criterion(repeat_targets=repeat_targets, repeat_proposals=repeat_proposals, **sigmoid, **settings)

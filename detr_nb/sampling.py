@@ -76,7 +76,8 @@ class DeformableAttention(nn.Module):
         direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
         direction = (direction / direction.abs().amax(-1, keepdim=True))[:, None, None]
         steps = direction * torch.arange(1, self.points + 1)[:, None]  # one cell, two cells, ...
-        self.sampling_offsets.bias.data.copy_(steps.expand(-1, levels, -1, -1).flatten())
+        off = 0.01  # from the middle of a cell, where what is read has a kink, and rounding would choose its slope
+        self.sampling_offsets.bias.data.copy_(steps.expand(-1, levels, -1, -1).flatten() + off)
 
     def locations(self, queries: Float[Tensor, "B Q D"], keep: Levels) -> Float[Tensor, "B Q h l P 2"]:
         "As shares of the maps with their padding: cells from a point, or eighths of a box's sides from its centre."

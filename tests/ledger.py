@@ -92,6 +92,10 @@ COMPONENTS = {
     "groups, pairs that differ": Component("absolute", {"float64": 0}, ("transformers",)),
     "groups, losses": Component("relative", {"float64": 1e-10}, ("plain torch",)),
     "box_bias, attention": Component("absolute", {"float64": 1e-10}, ("plain torch",)),
+    "denoising, labels and boxes": Component("absolute", {"float64": 1e-10}, ("transformers", "plain torch")),
+    "denoising, mask and places": Component("absolute", {"float64": 0}, ("transformers",)),
+    "denoising, losses": Component("relative", {"float64": 1e-10}, ("plain torch",)),
+    "denoising, gradients": Component("relative", {"float64": 1e-10}, ("plain torch",)),
 }
 COLUMNS = ("component", "reference", "float32, absolute", "float32, relative", "float64, absolute", "float64, relative",
            "promised")

@@ -358,6 +358,11 @@ VARIANTS = {
                            repeat_proposals=2, query_groups=2),
     "all": dict(decoder="dab", class_loss="mal", box_bias="rpb", two_stage=True, repeat_proposals=3, query_groups=2),
     "repeated": dict(decoder="dab", class_loss="ia_bce", repeat_targets=2, query_groups=2, two_stage=True),
+    "denoised": dict(decoder="dab", class_loss="vfl", box_bias="gauss", two_stage=True, query_groups=2, denoising=8,
+                     dn_label_noise=0.0, dn_box_noise=0.0),  # which is no noise: two processes draw it apart
+    "dino": dict(decoder="dab_deformable", class_loss="focal", num_feature_levels=2, two_stage=True, denoising=8,
+                 dn_label_noise=0.0, dn_box_noise=0.0),
+    "dn": dict(decoder="dab", class_loss="focal", denoising=8, dn_groups=5, dn_noise="plain"),
 }
 SMALL = dict(hidden_dim=32, nheads=4, enc_layers=1, dec_layers=2, dim_feedforward=64, num_queries=6)
 
@@ -374,9 +379,10 @@ def test_a_variant_learns_everything_and_is_built_again_from_its_file(name, tmp_
     for layer in (m.layers[-1] for n, m in model.named_modules() if re.fullmatch(
             r"(enc_)?bbox_embed|early_bbox_embed\.\d", n)):
         nn.init.normal_(layer.weight, std=0.1)  # some begin at zero, before which nothing learns
-    losses = criterion(model(images), targets)
-    assert {n for n in losses if n.endswith("_enc")} == ({f"loss_{n}_enc" for n in ("ce", "bbox", "giou")} if
-                                                        config.model.two_stage else set())
+    losses = criterion(model(images, **{"targets": targets} if config.model.denoising else {}), targets)
+    for suffix, there in (("_enc", config.model.two_stage), ("_dn", config.model.denoising)):
+        assert {n for n in losses if n.endswith(suffix)} == ({f"loss_{n}{suffix}" for n in ("ce", "bbox", "giou")} if
+                                                             there else set())
     criterion.total(losses).backward()
     assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     model.eval()
@@ -429,10 +435,11 @@ def test_boxes_stay_precise_in_half_and_in_double_precision():
     assert (half.proposals.boxes - double.proposals.boxes).abs().max() < 0.05
 
 
-def test_an_exported_variant_says_the_same(tmp_path):
+@pytest.mark.parametrize("name", ["all", "denoised"])
+def test_an_exported_variant_says_the_same(name, tmp_path):
     pytest.importorskip("onnxscript")
     torch.manual_seed(0)
-    config = PRESETS["shapes"].but(**SMALL, **VARIANTS["all"])
+    config = PRESETS["shapes"].but(**SMALL, **VARIANTS[name])
     model, images = build_model(config, CLASSES).eval(), torch.randn(2, 3, 96, 128)
     recorded = OnnxDETR(export_onnx(model, tmp_path / "model.onnx"))
     again = ProgramDETR(export_file(model, tmp_path / "model.pt2"))(images)
@@ -469,8 +476,8 @@ def test_presets_have_the_papers_settings():
     assert PRESETS["group_dab"].model.query_groups == 11 and PRESETS["dab"].model.temperature == 20
 
 
-@pytest.mark.parametrize("name", ["conditional", "dab_ce", "deformable", "refined", "dab_deformable", "all",
-                                  "repeated"])
+@pytest.mark.parametrize("name", ["conditional", "dab_ce", "deformable", "refined", "dab_deformable", "all", "repeated",
+                                  "denoised", "dino"])
 def test_two_processes_of_a_variant_are_one_run(name, tmp_path):
     "In float64, as for DETR; both runs evaluate, write checkpoints and draw."
     shapes = write_shapes(tmp_path / "shapes", num_train=32, num_val=4, num_workers=1)
