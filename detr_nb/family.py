@@ -73,5 +73,5 @@ def family_criterion(
     "The criterion of DETR with the scores, groups and proposals of its family."
     sigmoid = {} if class_loss == "ce" else {"class_loss": class_loss}
     parts = (OneToMany, SigmoidScores, kind) if sigmoid else (OneToMany, kind)
-    return type("FamilyCriterion", parts, {})(repeat_targets=repeat_targets, repeat_proposals=repeat_proposals, **sigmoid,
-                                              **settings)
+    times = dict(repeat_targets=repeat_targets, repeat_proposals=repeat_proposals)
+    return type("FamilyCriterion", parts, {})(**times, **sigmoid, **settings)

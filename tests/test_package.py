@@ -52,8 +52,8 @@ def test_no_module_is_longer_than_one_reads_in_one_go():
 # matching cost of fewer passes over memory. After DETR: six modules of at most 250 lines, 680 together, the seams that
 # they need, and norms that are folded into their convolutions.
 # Conditional DETR and DAB-DETR in transformers' layout, there and back, 91 lines: their names, and what has none there.
-# Several answers for an object in all layers but the last, and what the worse ones count, 75.
-LINES, NAMES = 9000 + 1480 + 825 + 91 + 75, 300 + 35 + 26 + 3 + 3
+# Several answers for an object in all layers but the last, and what the worse ones count, 80.
+LINES, NAMES = 9000 + 1480 + 825 + 91 + 80, 300 + 35 + 26 + 3 + 2
 
 
 def test_the_package_has_no_more_lines_than_what_it_can_do_was_given():
