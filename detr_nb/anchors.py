@@ -43,8 +43,7 @@ class _Mix(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         "As in `MultiHeadAttention`; queries and keys may be wider than values."
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (queries, keys, values))
-        dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=keep, dropout_p=dropout)
+        mixed = F.scaled_dot_product_attention(q, k, v, keep, self.dropout if self.training else 0.0)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
     def beside(self, content: Float[Tensor, "B T D"], place: Float[Tensor, "B T D"]) -> Float[Tensor, "B T 2D"]:
@@ -55,8 +54,6 @@ class _Mix(nn.Module):
 # %% ../nbs/42_anchors.ipynb #7a6e455a
 class _Activated:
     "A layer whose thinking half has the activation that is asked for. In front of a `_Layer`."
-    activation: nn.Module
-
     def __init__(self, *args, activation: type[nn.Module] = nn.PReLU, **settings):
         super().__init__(*args, **settings)
         self.activation = activation()
@@ -72,9 +69,8 @@ class ConditionalLayer(_Activated, _Layer):
     def __init__(self, width: int, heads: int, dim_feedforward: int, dropout: float, pre_norm: bool, first: bool,
                  activation: type[nn.Module]):
         super().__init__(width, dim_feedforward, dropout, pre_norm, activation=activation)
-        names = ["sa_qcontent", "sa_qpos", "sa_kcontent", "sa_kpos", "sa_v", "ca_qcontent", "ca_kcontent", "ca_kpos",
-                 "ca_v", "ca_qpos_sine"] + ["ca_qpos"] * first
-        for name in names:
+        names = "sa_qcontent sa_qpos sa_kcontent sa_kpos sa_v ca_qcontent ca_kcontent ca_kpos ca_v ca_qpos_sine"
+        for name in names.split() + ["ca_qpos"] * first:
             setattr(self, f"{name}_proj", nn.Linear(width, width))
         self.self_attn, self.cross_attn = _Mix(width, heads, dropout), _Mix(width, heads, dropout)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
@@ -85,8 +81,7 @@ class ConditionalLayer(_Activated, _Layer):
         slots: Float[Tensor, "B Q D"],  # what each query has found so far
         queries: Float[Tensor, "B Q D"],  # who each query is, for the others
         where: Float[Tensor, "B Q D"],  # where it looks
-        memory: Float[Tensor, "B S D"],
-        positions: Float[Tensor, "b S D"],
+        memory: Float[Tensor, "B S D"], positions: Float[Tensor, "b S D"],
         keep: Tensor | None = None,  # see `_Mix`
         groups: int = 1,
         heard: Bool[Tensor, "B 1 Q Q"] | None = None,  # who is heard by each query; None: all of its group
@@ -143,8 +138,7 @@ class ConditionalDecoder(nn.Module):
         for index, layer in enumerate(self.layers):
             slots = layer(slots, named, self.looking(index, slots, code), memory, positions, keep, groups)
             found.append(slots)
-        references = F.pad(raw, (0, 2)).expand(len(found), *named.shape[:2], -1)
-        return self.norm(torch.stack(found)), references
+        return self.norm(torch.stack(found)), F.pad(raw, (0, 2)).expand(len(found), *named.shape[:2], -1)
 
 # %% ../nbs/42_anchors.ipynb #65c543a0
 class AnchorDecoder(ConditionalDecoder):
@@ -202,8 +196,7 @@ class AnchorEncoder(Encoder):
         self.query_scale = MLP(width, width, width, num_layers=2)
 
     def forward(
-        self, tokens: Float[Tensor, "B S D"], positions: Float[Tensor, "b S D"],
-        keep: Bool[Tensor, "B 1 1 S"] | None = None,
+        self, tokens: Float[Tensor, "B S D"], positions: Float[Tensor, "b S D"], keep: Tensor | None = None
     ) -> Float[Tensor, "B S D"]:
         "As in `Encoder`."
         for layer in self.layers:
@@ -235,8 +228,7 @@ class AnchorDETR(GroupedDETR):
             nn.init.zeros_(parameter)  # an answer begins as the reference itself
 
     def attend(
-        self, projected: Float[Tensor, "B D h w"], padding: Bool[Tensor, "B h w"] | None = None,
-        **given: Any,  # what else `begin` takes
+        self, projected: Float[Tensor, "B D h w"], padding: Bool[Tensor, "B h w"] | None = None, **given: Any
     ) -> tuple[Decoded, Float[Tensor, "B S D"]]:
         "As in `DETR`."
         tokens, positions, keep = self.lay_out(projected, padding)
