@@ -52,26 +52,42 @@ def difference(saved: str, found: str, numbers: bool = True) -> str | None:
 
 
 def shrink_picture(png: bytes) -> bytes:
-    "A PNG in the 256 colours that fit it best; as it was where one would see the difference, or nothing is saved."
-    picture, file = Image.open(io.BytesIO(png)), io.BytesIO()
-    if picture.mode == "P" or (picture.mode == "RGBA" and picture.getextrema()[3][0] < 255):
-        return png  # it was made small before, or one sees through it
+    "A PNG in the fewest colours, 32 to 256, with which one sees no difference; as it was where that saves nothing."
+    picture = Image.open(io.BytesIO(png))
+    if picture.mode == "RGBA" and picture.getextrema()[3][0] < 255:
+        return png  # one sees through it
+    if picture.mode == "P" and len(picture.getcolors()) <= 32:
+        return png  # it was made small before
     picture = picture.convert("RGB")
-    small = picture.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=4, dither=Image.Dither.NONE)
-    apart = np.abs(np.asarray(small.convert("RGB"), np.int16) - np.asarray(picture, np.int16)).max(-1)
-    small.save(file, "PNG", optimize=True)
-    fits = apart.mean() < 8 and np.percentile(apart, 99.5) < 32  # of 255 levels
-    return file.getvalue() if fits and len(file.getvalue()) < len(png) else png
+    for colours in (32, 64, 128, 256):
+        small = picture.quantize(colours, Image.Quantize.MAXCOVERAGE, kmeans=4, dither=Image.Dither.NONE)
+        apart = np.abs(np.asarray(small.convert("RGB"), np.int16) - np.asarray(picture, np.int16)).max(-1)
+        mean = 1 if colours == 32 else 8  # few are for lines on white
+        if apart.mean() < mean and np.percentile(apart, 99.5) < 32:  # of 255 levels
+            file = io.BytesIO()
+            small.save(file, "PNG", optimize=True)
+            return file.getvalue() if len(file.getvalue()) < 0.95 * len(png) else png
+    return png
+
+
+def shrink_photo(jpeg: bytes) -> bytes:
+    "A JPEG in quality 75; as it was where it has that, or a lower one, or nothing is saved."
+    picture, file = Image.open(io.BytesIO(jpeg)), io.BytesIO()
+    picture.save(file, "JPEG", quality=75, optimize=True, progressive=True)
+    made = Image.open(io.BytesIO(file.getvalue()))
+    finer = sum(picture.quantization[0]) < sum(made.quantization[0])
+    return file.getvalue() if finer and len(file.getvalue()) < len(jpeg) else jpeg
 
 
 def shrink(notebook) -> None:
-    "Every saved PNG with no more bytes than one sees."
+    "Every saved picture with no more bytes than one sees."
     for cell in notebook["cells"]:
         for data in (output.get("data", {}) for output in cell.get("outputs", [])):
-            if "image/png" in data:
-                png = base64.b64decode("".join(data["image/png"]))
-                if (small := shrink_picture(png)) is not png:
-                    data["image/png"] = base64.b64encode(small).decode()
+            for kind, smaller in (("image/png", shrink_picture), ("image/jpeg", shrink_photo)):
+                if kind in data:
+                    saved = base64.b64decode("".join(data[kind]))
+                    if (small := smaller(saved)) is not saved:
+                        data[kind] = base64.b64encode(small).decode()
 
 
 def made_with() -> dict[str, str]:
