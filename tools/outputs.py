@@ -54,16 +54,15 @@ def difference(saved: str, found: str, numbers: bool = True) -> str | None:
 def shrink_picture(png: bytes) -> bytes:
     "A PNG in the fewest colours, 32 to 256, with which one sees no difference; as it was where that saves nothing."
     picture = Image.open(io.BytesIO(png))
-    if picture.mode == "RGBA" and picture.getextrema()[3][0] < 255:
-        return png  # one sees through it
-    if picture.mode == "P" and len(picture.getcolors()) <= 32:
-        return png  # it was made small before
+    if picture.mode == "P" or (picture.mode == "RGBA" and picture.getextrema()[3][0] < 255):
+        return png  # it was made small before, or one sees through it
     picture = picture.convert("RGB")
-    for colours in (32, 64, 128, 256):
+    drawn = picture.getcolors(6000) is not None  # lines and areas, with the mixtures at their edges; else a photograph
+    for colours in (32, 64, 128, 256) if drawn else (160, 256):
         small = picture.quantize(colours, Image.Quantize.MAXCOVERAGE, kmeans=4, dither=Image.Dither.NONE)
         apart = np.abs(np.asarray(small.convert("RGB"), np.int16) - np.asarray(picture, np.int16)).max(-1)
-        mean = 1 if colours == 32 else 8  # few are for lines on white
-        if apart.mean() < mean and np.percentile(apart, 99.5) < 32:  # of 255 levels
+        levels = min(8, colours / 20)  # of 255: few colours are for lines on white
+        if apart.mean() < levels and np.percentile(apart, 99.5) < 32:
             file = io.BytesIO()
             small.save(file, "PNG", optimize=True)
             return file.getvalue() if len(file.getvalue()) < 0.95 * len(png) else png
@@ -71,9 +70,9 @@ def shrink_picture(png: bytes) -> bytes:
 
 
 def shrink_photo(jpeg: bytes) -> bytes:
-    "A JPEG in quality 75; as it was where it has that, or a lower one, or nothing is saved."
+    "A JPEG in quality 68; as it was where it has that, or a lower one, or nothing is saved."
     picture, file = Image.open(io.BytesIO(jpeg)), io.BytesIO()
-    picture.save(file, "JPEG", quality=75, optimize=True, progressive=True)
+    picture.save(file, "JPEG", quality=68, optimize=True, progressive=True)
     made = Image.open(io.BytesIO(file.getvalue()))
     finer = sum(picture.quantization[0]) < sum(made.quantization[0])
     return file.getvalue() if finer and len(file.getvalue()) < len(jpeg) else jpeg
