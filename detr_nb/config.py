@@ -240,8 +240,8 @@ PRESETS["dino"] = PRESETS["dab"].but(
     decoder="dab_deformable", num_feature_levels=4, two_stage=True, denoising=100, num_queries=900, dropout=0.0,
     cls_loss_coef=1, lr_linear_proj_mult=1.0, epochs=12, lr_drop=11)
 PRESETS["shapes_dab"] = PRESETS["shapes"].but(
-    epochs=7, decoder="dab", box_bias="rpb", two_stage=True, class_loss="ia_bce", repeat_proposals=4, set_cost_class=2,
-    cls_loss_coef=2, bbox_loss_coef=5, giou_loss_coef=2,
+    epochs=7, decoder="dab", box_bias="rpb", two_stage=True, denoising=16, class_loss="ia_bce", repeat_proposals=4,
+    set_cost_class=2, cls_loss_coef=2, bbox_loss_coef=5, giou_loss_coef=2,
 )  # the embedded set with half of the steps
 _SHAPES_MASKS = dict(lr_masks=2e-3, lr_muon=0.005, warmup_steps=100, epochs=9, panoptic_threshold=0.35)
 _SHAPES_MASK_HEAD = dict(lr_masks=2e-3, warmup_steps=45, epochs=3)  # alone, the detector is frozen
