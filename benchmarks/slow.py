@@ -54,7 +54,7 @@ IMAGES, SHOWN, EVERY = 96, 12, 26  # watched; with classes and scores; steps bet
 Weights = list[Tensor]  # of the decoder's layers, each (B, heads, Q, cells)
 
 
-def note_attention(calls: Weights, queries: Tensor, keys: Tensor, values: Tensor, attn_mask=None, **_) -> Tensor:
+def note_attention(calls: Weights, queries: Tensor, keys: Tensor, values: Tensor, attn_mask=None, *_, **__) -> Tensor:
     "Attention written out, so that its weights can be kept."
     scores = queries @ keys.mT / queries.shape[-1] ** 0.5
     if attn_mask is not None:

@@ -103,6 +103,18 @@ def build_pair(num_feature_levels: int, **settings) -> tuple[DeformableDETR, nn.
     return ours, theirs
 
 
+ROWS = {  # of the ledger: answers, losses, gradients
+    "one level": ("deformable, one level, logits and boxes", "deformable, one level, losses",
+        "deformable, one level, gradient of all weights"),
+    "four levels": ("deformable, four levels, logits and boxes", "deformable, four levels, losses",
+        "deformable, four levels, gradient of all weights"),
+    "refined": ("deformable, refined, logits and boxes", "deformable, refined, losses",
+        "deformable, refined, gradient of all weights"),
+    "two stages": ("deformable, two stages, logits and boxes", "deformable, two stages, losses",
+        "deformable, two stages, gradient of all weights"),
+}
+
+
 @pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_transformers_forward_losses_and_gradients(ledger, in_float64, kind, padded):
@@ -112,14 +124,14 @@ def test_equals_transformers_forward_losses_and_gradients(ledger, in_float64, ki
     targets = make_targets([3, 1], torch.float64, CLASSES)
     answer = ours(images, padding if padded else None)
     found = theirs(pixel_values=images, pixel_mask=(~padding).long(), labels=list_targets(targets, "class_labels"))
-    reference, name = ledgers.TRANSFORMERS, f"deformable, {kind}"
+    reference, (answers, of_losses, of_weights) = ledgers.TRANSFORMERS, ROWS[kind]
     layers = [*found.auxiliary_outputs, {"logits": found.logits, "pred_boxes": found.pred_boxes}]
-    ledger.compare(f"{name}, logits and boxes", [*answer.logits, *answer.boxes],
+    ledger.compare(answers, [*answer.logits, *answer.boxes],
                    [x["logits"] for x in layers] + [x["pred_boxes"] for x in layers], reference)
     losses = SigmoidCriterion(CLASSES, set_cost_class=2)(answer._replace(proposals=None), targets)
     names = sorted(name for name in found.loss_dict if name.startswith("loss_"))
     assert names == sorted(name for name in losses if name.startswith("loss_")) and len(names) == 3 * LAYERS
-    ledger.compare(f"{name}, losses", torch.stack([losses[name] for name in names]),
+    ledger.compare(of_losses, torch.stack([losses[name] for name in names]),
                    torch.stack([found.loss_dict[name] for name in names]), reference)
     weights = {"loss_ce": 1, "loss_bbox": 5, "loss_giou": 2}
     sum(weights[re.sub(r"_\d+$", "", name)] * losses[name] for name in names).backward()
@@ -135,7 +147,7 @@ def test_equals_transformers_forward_losses_and_gradients(ledger, in_float64, ki
         mine = {name: x for name, x in mine.items() if name not in shared}
         gradients = {name: x for name, x in gradients.items() if name not in shared}
     assert gradients.keys() == mine.keys() and len(mine) > 50
-    ledger.compare(f"{name}, gradient of all weights", torch.cat([mine[name].flatten() for name in gradients]),
+    ledger.compare(of_weights, torch.cat([mine[name].flatten() for name in gradients]),
                    torch.cat([gradient.flatten() for gradient in gradients.values()]), reference)
 
 
