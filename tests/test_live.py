@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from book_live import LIMIT, WEIGHTS, in_eight_bits, pack, unpack
-from test_book import PAGES, WITHOUT_CODE, browser  # noqa: F401  (a fixture)
+from test_book import PAGES, browser  # noqa: F401  (a fixture)
 from test_book import pytestmark as marks
 
 from detr_nb.batching import Targets, pad_images
@@ -389,11 +389,12 @@ def test_the_costs_and_the_assignment_are_the_matchers(reader, packed):
 
 @in_browser
 def test_the_figure_fits_is_silent_and_has_no_fault_for_axe(reader):
+    "The page around it is looked at with all others, in `test_book`."
     from axe_playwright_python.sync_playwright import Axe
     page = reader.page
     for tab in ("answers", "encoder", "matching"):
         page.get_by_role("button", name=tab, exact=True).click()
         assert page.evaluate("document.scrollingElement.scrollWidth - innerWidth") <= 0
-        violations = Axe().run(page, WITHOUT_CODE, {"preload": False}).response["violations"]
+        violations = Axe().run(page, {"include": [["#touch-fig-live"]]}, {"preload": False}).response["violations"]
         assert not [(fault["id"], fault["nodes"][0]["html"][:200]) for fault in violations], tab
     assert not [text for text in reader.said if "axe" not in text]
