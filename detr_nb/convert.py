@@ -63,7 +63,7 @@ def _their_config(detector: LoadedDetector) -> dict[str, Any]:
             "label2id": {name: place for place, name in enumerate(detector.names)},
             "category_ids": list(detector.category_ids), **halves, **backbone}  # ids: for `load_detector`
 
-
+# %% ../nbs/38_convert.ipynb #38prepr1
 def _their_preprocessing(detector: LoadedDetector) -> dict[str, Any]:
     "The `preprocessor_config.json` of transformers; raises `CheckpointError` for images that keep their size."
     (short_side, max_size, _), (mean, std) = detector.preprocessing, normalization(detector.model)

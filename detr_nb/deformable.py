@@ -47,7 +47,7 @@ class _SamplingLayer(DecoderLayer):
         slots = self.residual(slots, look, self.norm2)
         return self.residual(slots, self.feed_forward, self.norm3)
 
-
+# %% ../nbs/47_deformable.ipynb #47decod1
 class PointDecoder(nn.Module):
     "Queries look around points, or, once there are boxes, in boxes (Zhu et al. 2021)."
 

@@ -132,7 +132,7 @@ def _fit_schedule(config: Config, steps_per_epoch: int) -> Config:
     _logger.warning("--warmup_steps %d is more than a tenth of the run: it is %d", settings.warmup_steps, longest)
     return config.but(warmup_steps=longest)
 
-
+# %% ../nbs/36_train.ipynb #36warn01
 def _warn_of_data(config: Config, train: CocoDataset, val: CocoDataset) -> None:
     "Say what a look at the annotations tells, and that a small set is not learned from scratch."
     for dataset in (train,) if config.data.overfit else (train, val):
