@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from .backbone import TimmBackbone
 from .batching import Batch
-from .config import Config
+from .config import PRESETS, Config
 from .criterion import SetCriterion
 from .detr import DETR, build_detr
 from .distributed import UserError, reduce_mean, reduce_sum
@@ -91,9 +91,9 @@ def choose_transform(config: Config, train: bool) -> Transform:
     return paper_transform(train, scale=(config.data.image_size or 800) / 800, exact=config.data.exact_resize)
 
 # %% ../nbs/28_engine.ipynb #29a61fce
-_DETR = {"decoder": "detr", "query_groups": 1, "box_bias": "none", "two_stage": False, "class_loss": "ce",
-         "denoising": 0, "dn_groups": 0, "dn_noise": "contrastive", "dn_label_noise": 0.5, "dn_box_noise": 1.0,
-         "num_feature_levels": 1, "with_box_refine": False}
+_DETR = {name: PRESETS["paper"].flat()[name] for name in (  # what came after it, when nothing of it is asked for
+    "decoder", "query_groups", "box_bias", "two_stage", "class_loss", "denoising", "dn_groups", "dn_noise",
+    "dn_label_noise", "dn_box_noise", "num_feature_levels", "with_box_refine")}
 
 
 def build_model(config: Config, num_classes: int) -> DETR | SegmentationDETR:
