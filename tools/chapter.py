@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from multiprocessing.connection import wait
@@ -94,10 +95,14 @@ def run(path: Path, flags: tuple[str, ...]):
             cell.outputs = []
     os.chdir(path.parent)
     try:
-        shell.run_all(notebook, exc_stop=True, preproc=skip)
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:  # checkpoints that a chapter writes
+            os.environ["TMPDIR"] = tempfile.tempdir = scratch
+            shell.run_all(notebook, exc_stop=True, preproc=skip)
     except Exception:
         sys.exit(shell.prettytb(fname=path))
     finally:
+        tempfile.tempdir = None
+        os.environ.pop("TMPDIR")
         os.chdir(ROOT)
     return notebook
 
