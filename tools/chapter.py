@@ -12,9 +12,11 @@ are not compared, nor are numbers of a cell marked `#| varies`, nor anything of 
 page was run a minute ago and still differs, `--check --mark` marks those cells in which only numbers do.
 """
 import argparse
+import atexit
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 os.chdir(ROOT)
+os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp()  # for checkpoints that chapters write, gone at the end
+atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
 os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
 COLAB = """#| hide
 import sys
@@ -95,14 +99,10 @@ def run(path: Path, flags: tuple[str, ...]):
             cell.outputs = []
     os.chdir(path.parent)
     try:
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:  # checkpoints that a chapter writes
-            os.environ["TMPDIR"] = tempfile.tempdir = scratch
-            shell.run_all(notebook, exc_stop=True, preproc=skip)
+        shell.run_all(notebook, exc_stop=True, preproc=skip)
     except Exception:
         sys.exit(shell.prettytb(fname=path))
     finally:
-        tempfile.tempdir = None
-        os.environ.pop("TMPDIR")
         os.chdir(ROOT)
     return notebook
 
