@@ -21,7 +21,7 @@ TESTERS ?= $(shell echo $$(( $(WORKERS) + 1 )))
 # How `make train` starts: one process, on a GPU when there is one.
 CONFIG ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo one_gpu || echo one_cpu)
 
-RUNS = $(addsuffix /predictions.png,$(addprefix runs/,shapes masks panoptic))
+RUNS = $(addsuffix /predictions.png,$(addprefix runs/,detr masks panoptic))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 THREADS = $(shell echo $$(( $(CORES) > $(WORKERS) ? $(CORES) / $(WORKERS) : 1 )))
@@ -63,9 +63,9 @@ diffs: ## tell git in this clone to show notebooks as text, without their pictur
 	@git config diff.jupyter.textconv '"$(abspath $(BIN))/jupytext" --from ipynb --to py:percent --opt notebook_metadata_filter=-all --output -'
 	@git config diff.jupyter.cachetextconv true
 
-train: env ## train and evaluate (on the embedded set unless ARGS names another), on the GPU if there is one
+train: env ## train and evaluate, on the GPU if there is one; without ARGS what learns fastest on the embedded set
 	@PATH="$(abspath $(BIN)):$$PATH" accelerate launch --config_file configs/accelerate/$(CONFIG).yaml \
-		$(if $(findstring one_cpu,$(CONFIG)),--num_cpu_threads_per_process $(CORES)) -m detr_nb.train $(ARGS)
+		$(if $(findstring one_cpu,$(CONFIG)),--num_cpu_threads_per_process $(CORES)) -m detr_nb.train $(or $(ARGS),shapes_dab)
 
 test: env ## run every chapter, compare what its cells say with what is saved, then tests/
 	@start=$$SECONDS; \
@@ -87,18 +87,18 @@ test-machines: env ## run what another machine could fail, in settings like thos
 bench: env ## our speed beside other implementations: prints a table and writes nbs/bench.md and nbs/bench.json
 	@PATH="$(abspath $(BIN)):$$PATH" python benchmarks/bench.py --output nbs
 
-race: env runs/shapes/predictions.png ## what each idea after DETR gives: hours; ARGS="--epochs 1 --limit_val 250" for minutes
+race: env runs/detr/predictions.png ## what each idea after DETR gives: hours; ARGS="--epochs 1 --limit_val 250" for minutes
 	@PATH="$(abspath $(BIN)):$$PATH" python benchmarks/race.py $(ARGS)
 
 # The runs that slow cells read. Their last act is a picture, so who has it has come to the end.
-runs/shapes/predictions.png: | env
-	@$(MAKE) train ARGS="--output_dir runs/shapes --resume auto"
+runs/detr/predictions.png: | env
+	@$(MAKE) train ARGS="shapes --output_dir runs/detr --resume auto"
 
-runs/masks/predictions.png: | runs/shapes/predictions.png
-	@$(MAKE) train ARGS="--masks --frozen_weights runs/shapes/best.pth --output_dir runs/masks --resume auto"
+runs/masks/predictions.png: | runs/detr/predictions.png
+	@$(MAKE) train ARGS="--masks --frozen_weights runs/detr/best.pth --output_dir runs/masks --resume auto"
 
-runs/panoptic/predictions.png: | runs/shapes/predictions.png
-	@$(MAKE) train ARGS="--masks --dataset_file coco_panoptic --finetune runs/shapes/best.pth --keep_classes \
+runs/panoptic/predictions.png: | runs/detr/predictions.png
+	@$(MAKE) train ARGS="--masks --dataset_file coco_panoptic --finetune runs/detr/best.pth --keep_classes \
 		--output_dir runs/panoptic --resume auto"
 
 book: env ## build the pages of the book, warnings as errors

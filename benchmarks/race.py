@@ -30,6 +30,8 @@ VARIANTS = {  # each adds one idea to the one before
     "anchors, IA-BCE, bias, proposals": f"--decoder dab {SIGMOID} --box_bias rpb --two_stage "
                                         "--repeat_proposals 4",
     "and denoising": f"--decoder dab {SIGMOID} --box_bias rpb --two_stage --repeat_proposals 4 --denoising 16",
+    "and one encoder layer, not three": f"--decoder dab {SIGMOID} --box_bias rpb --two_stage --repeat_proposals 4 "
+                                        "--denoising 16 --enc_layers 1",
     "and three groups": f"--decoder dab {SIGMOID} --box_bias rpb --two_stage --repeat_proposals 4 "
                         "--query_groups 3",
     "points of two maps, IA-BCE, proposals": f"--decoder dab_deformable {SIGMOID} --two_stage --repeat_proposals 4 "
@@ -59,13 +61,13 @@ def main() -> None:
     parser.add_argument("--limit_val", type=int, default=0, help="validation images, 0: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--backbone", type=Path, default=ROOT / "runs/shapes/backbone.pth")
+    parser.add_argument("--backbone", type=Path, default=ROOT / "runs/detr/backbone.pth")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs/race")
     parser.add_argument("--shapes_path", type=Path, default=ROOT / "data/shapes")
     parser.add_argument("--output", type=Path, default=ROOT / "nbs/race.json")
     options = parser.parse_args()
     if not options.backbone.exists():
-        sys.exit(f"{options.backbone} is not there: `make train ARGS='--output_dir runs/shapes'` makes it, or name "
+        sys.exit(f"{options.backbone} is not there: `make runs/detr/predictions.png` makes it, or name "
                  "another run's with --backbone")
     found = {"date": str(date.today()), "torch": version("torch"), "threads": torch.get_num_threads(),
              "epochs": options.epochs, "validation_images": options.limit_val or 1000, "runs": {}}

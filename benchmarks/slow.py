@@ -153,12 +153,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=624, help="of DETR; the rate drops after four fifths of them")
     parser.add_argument("--short", type=int, default=234, help="steps of the other runs")
     parser.add_argument("--only", nargs="+", default=list(RUNS), choices=list(RUNS))
-    parser.add_argument("--backbone", type=Path, default=ROOT / "runs/shapes/backbone.pth")
+    parser.add_argument("--backbone", type=Path, default=ROOT / "runs/detr/backbone.pth")
     parser.add_argument("--shapes_path", type=Path, default=ROOT / "data/shapes")
     parser.add_argument("--output", type=Path, default=ROOT / "nbs/slow.json")
     options = parser.parse_args()
     if not options.backbone.exists():
-        sys.exit(f"{options.backbone} is not there: `make train ARGS='--output_dir runs/shapes'` makes it, or name "
+        sys.exit(f"{options.backbone} is not there: `make runs/detr/predictions.png` makes it, or name "
                  "another run's with --backbone")
     found = {"date": str(date.today()), "torch": version("torch"), "threads": torch.get_num_threads(),
              "images": IMAGES, "every": EVERY, "runs": {}}

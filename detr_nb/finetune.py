@@ -165,12 +165,16 @@ def settings_for(told: Config, preset: str, train: Vitals, val: Vitals) -> tuple
     if source and source not in RELEASED and "://" not in source:
         settings, contents = ask_checkpoint(told.but(finetune=source)), read_source(source)
         if contents.rest.get("format") == "detr_nb":
-            known = _habits(contents.rest["config"], len(contents.rest["processes"]))
+            saved = contents.rest["config"]
+            known = _habits(saved, len(contents.rest["processes"]))
+            settings |= {name: saved[name] for name in vars(told.loss) if name in saved}  # as it learned
     if preset == "photos" and settings.get("backbone") == "small" or not told.run.finetune and source not in RELEASED:
         photos, names = PRESETS["photos"], ("backbone", "backbone_norm", "dilation", "pretrained", "pretrain_epochs")
-        whole = vars(photos.model) | vars(photos.loss) | vars(photos.optimizer)
+        recipe = photos if not settings or settings.get("two_stage") else PRESETS["shapes"]  # of DETR's own kind
+        whole = vars(recipe.model) | vars(recipe.loss) | vars(photos.optimizer)
         whole["num_workers"] = photos.run.num_workers  # processes beside two threads on two cores slow both down
-        settings = whole | settings | {name: whole[name] for name in names}
+        settings = whole | settings | {name: getattr(photos.model, name) for name in names}
+        settings["denoising"] = recipe.model.denoising  # copies are for the training alone
         known = _habits(photos.but(coco_path="photographs").flat()) | {"steps": PHOTO_STEPS}
         if batch_size == PRESETS[preset].optimizer.batch_size:  # nobody typed another
             batch_size = photos.optimizer.batch_size
@@ -216,9 +220,10 @@ def _minutes(config: Config, dataset: CocoDataset) -> float:
     boxes = torch.tensor([[0.0, 0.0, side, side]]).expand(objects, 4)
     image, labels = torch.zeros(3, side, side * 4 // 3, dtype=torch.uint8), torch.zeros(objects, dtype=torch.int64)
     batch = collate([Sample(image, labels, boxes, 0, image.shape[1:], None)]).to(device)
+    wanted = {"targets": batch.targets} if hasattr(model, "denoising") else {}  # to be noised
     for _ in range(2):
         began = time.perf_counter()
-        losses = criterion.named_for_log(criterion(model(batch.images, batch.padding), batch.targets))
+        losses = criterion.named_for_log(criterion(model(batch.images, batch.padding, **wanted), batch.targets))
         losses["loss"].backward()
         losses["loss"].item()
     return (time.perf_counter() - began + reading) * len(dataset) * config.optimizer.epochs / 60

@@ -10,69 +10,114 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .batching import Batch, Targets
+from .criterion import box_losses
+from .detr import at_least_float32
 from .distributed import get_logger, reduce_mean
 from .engine import Averages, build_optimizer, rate_factor, set_rates
-from .matcher import image_of_target
+from .matcher import Matches, image_of_target
 from .runs import BACKBONE, Run, log_step, resume, save_or_warn, steps_of_epoch
 
 _logger = get_logger(__name__)
 
 # %% ../nbs/31_pretrain.ipynb #98587193
-def _cell_labels(
+def _objects_of_cells(
     targets: Targets,
     size: tuple[int, int],  # height and width of the map, in cells
     stride: int,  # pixels from cell to cell
-    no_object: int,  # the label of a cell that shows nothing
-) -> Int[Tensor, "B H W"]:
-    "The class of the smallest box over each cell's centre; a box covers one cell at least."
+) -> Int[Tensor, "B H W"]:  # position of the object in the packed targets; -1: none
+    "The object with the smallest box over each cell's centre; a box covers one cell at least."
     image = image_of_target(targets)
     centres, extents = (targets.boxes * targets.sizes.flip(-1).repeat(1, 2)[image]).split(2, dim=-1)  # pixels
     reach = extents.clamp(min=stride) / 2
     y, x = ((torch.arange(cells, device=image.device) + 0.5) * stride for cells in size)
     rows, columns = (y - centres[:, 1:]).abs() <= reach[:, 1:], (x - centres[:, :1]).abs() <= reach[:, :1]
-    labels = image.new_full((len(targets.counts), *size), no_object)
+    found = image.new_full((len(targets.counts), *size), -1)
     for box in extents.prod(-1).argsort(descending=True).tolist():  # a smaller one is painted over a larger one
-        labels[image[box]][rows[box, :, None] & columns[box]] = targets.labels[box]
-    return labels
+        found[image[box]][rows[box, :, None] & columns[box]] = box
+    return found
+
+
+def _labels_of_cells(
+    objects: Int[Tensor, "B H W"], targets: Targets, no_object: int  # the label of a cell that shows nothing
+) -> Int[Tensor, "B H W"]:
+    "The class of each cell's object."
+    return F.pad(targets.labels, (0, 1), value=no_object)[objects]  # -1 is the last
 
 # %% ../nbs/31_pretrain.ipynb #fb9e8c55
-class _CellClassifier(nn.Module):
-    "A backbone, and one linear layer that names what each cell shows."
+class _CellReader(nn.Module):
+    "A backbone, and two linear layers: what each cell shows, and the box of the object that it is a part of."
+    side = 0.25  # of a cell's box before anything is learned, as a share of the image
 
     def __init__(self, backbone: nn.Module, num_classes: int):
         super().__init__()
         self.backbone = backbone
         self.class_embed = nn.Conv2d(backbone.num_channels, num_classes + 1, kernel_size=1)
-        nn.init.zeros_(self.class_embed.weight)
-        nn.init.zeros_(self.class_embed.bias)
+        self.bbox_embed = nn.Conv2d(backbone.num_channels, 4, kernel_size=1)
+        for parameter in (*self.class_embed.parameters(), *self.bbox_embed.parameters()):
+            nn.init.zeros_(parameter)
+
+    def read(
+        self, batch: Batch
+    ) -> tuple[Float[Tensor, "B C+1 H W"], Float[Tensor, "B 4 H W"], Bool[Tensor, "B H W"] | None]:
+        "Logits of classes, where boxes differ from what they begin with, and which cells are padding."
+        features = self.backbone(batch.images, batch.padding)
+        logits, moves = (at_least_float32(head(features.maps[-1])) for head in (self.class_embed, self.bbox_embed))
+        return logits, moves, features.padding
 
     def loss(
         self,
         batch: Batch,
         background: float = 0.3,  # weight of a cell that shows nothing
+        together: float = 3.0,  # weight of an object, beside that of a cell which shows a part of one
+        l1: float = 2.5, giou: float = 1.0,  # weights of the two losses of a cell's box
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:  # sum over cells, and what to divide it by
-        "Cross-entropy of all cells that are not padding."
-        features = self.backbone(batch.images, batch.padding)
-        logits = self.class_embed(features.maps[-1]).float()
+        "Cross-entropy of cells and of objects, and what the cells' boxes miss."
+        logits, moves, padding = self.read(batch)
+        objects = _objects_of_cells(batch.targets, logits.shape[-2:], self.backbone.stride)
         no_object = logits.shape[1] - 1
-        labels = _cell_labels(batch.targets, logits.shape[-2:], self.backbone.stride, no_object)
+        labels = _labels_of_cells(objects, batch.targets, no_object)
         weight = torch.where(labels == no_object, background, 1.0)
-        if features.padding is not None:
-            weight = weight * ~features.padding
-        return (F.cross_entropy(logits, labels, reduction="none") * weight).sum(), weight.sum()
+        if padding is not None:
+            weight = weight * ~padding
+        image, cell = (objects.flatten(1) >= 0).nonzero(as_tuple=True)
+        whose = objects.flatten(1)[image, cell]
+        boxes = (self.start(batch.targets, objects.shape[1:]) + moves.flatten(2).mT).sigmoid()
+        edges, overlaps = box_losses(boxes[None], batch.targets, Matches(torch.zeros_like(image), image, cell, whose))
+        total = (F.cross_entropy(logits, labels, reduction="none") * weight).sum()
+        total = total + together * self.by_object(logits.flatten(2).mT[image, cell], whose, batch.targets.labels)
+        return total + l1 * edges.sum() + giou * overlaps.sum(), weight.sum()
+
+    def start(self, targets: Targets, size: torch.Size) -> Float[Tensor, "B S 4"]:
+        "The logits of the box around each cell."
+        y, x = ((torch.arange(cells, device=targets.sizes.device) + 0.5) * self.backbone.stride for cells in size)
+        pixels = torch.stack(torch.broadcast_tensors(x, y[:, None]), dim=-1).flatten(0, 1)
+        centres = pixels / targets.sizes.flip(-1)[:, None]
+        return torch.cat([centres, torch.full_like(centres, self.side)], dim=-1).clamp(0.01, 0.99).logit()
+
+    @staticmethod
+    def by_object(
+        logits: Float[Tensor, "P C+1"],  # of cells that show something
+        whose: Int[Tensor, "P"],  # the object of each
+        labels: Int[Tensor, "N"],
+    ) -> Float[Tensor, ""]:
+        "Cross-entropy of the mean logits of each object's cells, summed; an object that smaller ones hide is left out."
+        cells = torch.bincount(whose, minlength=len(labels))
+        sums = logits.new_zeros(len(labels), logits.shape[1]).index_add(0, whose, logits)
+        seen = cells > 0
+        return F.cross_entropy(sums[seen] / cells[seen, None], labels[seen], reduction="sum")
 
 # %% ../nbs/31_pretrain.ipynb #6a0e100b
 def pretrain_backbone(run: Run) -> None:
-    "Let the backbone learn alone what the cells of its map show; goes on where `backbone.pth` is resumed."
+    "Let the backbone learn alone what the cells of its map show, and where that ends; goes on where `backbone.pth` is resumed."
     gentle = 3e-4 if run.config.model.pretrained else 3e-3  # for what ImageNet taught
     config = run.config.but(epochs=run.config.model.pretrain_epochs, lr=3e-3, lr_backbone=gentle, lr_muon=0.05,
                             warmup_steps=50, schedule="cosine")
-    classifier = _CellClassifier(run.detr.backbone, run.detr.num_classes).to(run.process.device).train()
-    stage = replace(run, model=classifier, optimizer=build_optimizer(classifier, config), checkpoint=BACKBONE,
+    reader = _CellReader(run.detr.backbone, run.detr.num_classes).to(run.process.device).train()
+    stage = replace(run, model=reader, optimizer=build_optimizer(reader, config), checkpoint=BACKBONE,
                     accumulate=1, first_order=run.config.optimizer.epochs, averages=Averages(), recent=deque(maxlen=20),
                     average=None)
     if Path(run.config.run.resume).name == BACKBONE:
@@ -81,10 +126,10 @@ def pretrain_backbone(run: Run) -> None:
     while stage.epoch < last:
         for (batch,) in steps_of_epoch(stage):
             set_rates(stage.optimizer, rate_factor(stage.step, stage.steps_per_epoch, config))
-            total, weight = classifier.loss(batch)
+            total, weight = reader.loss(batch)
             loss = total / reduce_mean(weight)
             loss.backward()
-            _average_gradients(classifier)
+            _average_gradients(reader)
             stage.optimizer.step()
             stage.optimizer.zero_grad()
             log_step(stage, {"loss": loss.detach()}, stage="backbone", step=stage.step)

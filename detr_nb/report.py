@@ -25,8 +25,8 @@ _logger = get_logger(__name__)
 
 # %% ../nbs/33_report.ipynb #32rep005
 _REFERENCE = {  # of the preset `shapes` on two CPU cores, by epoch
-    "train_loss": (13.29, 7.61, 6.25, 5.75, 5.28, 4.84, 4.37, 4.11, 3.88, 3.73, 3.61, 3.51, 3.43, 3.4),
-    "AP": {6: 0.307, 13: 0.435}}
+    "train_loss": (13.14, 7.06, 5.7, 5.17, 4.79, 4.53, 4.2, 3.99, 3.82, 3.63, 3.55, 3.45, 3.37, 3.35),
+    "AP": {5: 0.288, 7: 0.375, 9: 0.413, 13: 0.446}}
 
 
 def _reference_log(config: Config, num_train: int) -> list[dict]:

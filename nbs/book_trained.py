@@ -1,4 +1,4 @@
-"What the slow cells of several pages ask the model that `make train` leaves in runs/shapes."
+"What the slow cells of several pages ask the DETR in runs/detr."
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def trained_model() -> DETR:
     "The best checkpoint of the embedded set."
-    return load_detector(ROOT / "runs/shapes/best.pth").model.eval()
+    return load_detector(ROOT / "runs/detr/best.pth").model.eval()
 
 
 def validation_batches(count: int) -> list[Batch]:

@@ -1,6 +1,6 @@
 """Pack a run's checkpoint for the page on which a DETR runs in the browser, in 8 bits a weight.
 
-    python tools/live_page.py runs/shapes/best.pth
+    python tools/live_page.py runs/detr/best.pth
 
 After that, run the page again (`make chapter` or tools/chapter.py live), which shows what the packed model finds.
 """
