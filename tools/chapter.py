@@ -12,7 +12,6 @@ are not compared, nor are numbers of a cell marked `#| varies`, nor anything of 
 page was run a minute ago and still differs, `--check --mark` marks those cells in which only numbers do.
 """
 import argparse
-import atexit
 import json
 import multiprocessing
 import os
@@ -23,12 +22,13 @@ import tempfile
 import time
 import traceback
 from multiprocessing.connection import wait
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 os.chdir(ROOT)
 os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp()  # for checkpoints that chapters write, gone at the end
-atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
+Finalize(None, shutil.rmtree, (tempfile.tempdir,), {"ignore_errors": True}, exitpriority=-200)  # after its own folders
 os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
 COLAB = """#| hide
 import sys
