@@ -316,17 +316,23 @@ def _draw_distributions(fig: Figure, splits: Sequence[_Checked], most: int = 20)
 def _draw_report(splits: Sequence[_Checked], most: int = 12) -> Figure:
     "The distributions, and below them up to `most` pictures that the findings are about, the worst first."
     found = [(split, finding, path) for split, finding in _worst_first(splits) for path in finding.pictures]
-    rows = -(-min(len(found), most) // 6)
-    fig = Figure(figsize=(13, 5 + 2.8 * rows), layout="constrained")
-    above, *below = fig.subfigures(1 + rows, 1, height_ratios=[5] + [2.8] * rows)[:] if rows else [fig]
+    rows = -(-min(len(found), most) // 4)
+    fig = Figure(figsize=(13, 5 + 3.4 * rows), layout="constrained")
+    above, *below = fig.subfigures(1 + rows, 1, height_ratios=[5] + [3.4] * rows)[:] if rows else [fig]
     _draw_distributions(above, splits)
     for place, (split, finding, path) in enumerate(found[:most]):
-        ax = below[place // 6].add_subplot(1, 6, 1 + place % 6)
-        with suppress(OSError, SyntaxError), Image.open(path) as picture:  # what cannot be read stays white
-            ax.imshow(ImageOps.contain(picture.convert("RGB"), (240, 240)))
-        ax.set(xticks=[], yticks=[])
-        reason = finding.text.partition(":")[0].partition(" images ")[2] or finding.text
-        ax.set_title("\n".join([split, _short(path.name, 28), *textwrap.wrap(reason, 28)[:3]]), fontsize=8)
+        ax = below[place // 4].add_subplot(1, 4, 1 + place % 4)
+        told = finding.text.partition(":")[0].partition(" images ")[2].partition(" (")[0] or finding.text
+        reason = textwrap.wrap(told, 28)[:3]
+        ax.set(xticks=[], yticks=[], facecolor="0.85")
+        try:
+            with Image.open(path) as picture:
+                ax.imshow(ImageOps.contain(picture.convert("RGB"), (240, 240)))
+        except (OSError, SyntaxError):  # what cannot be read is a grey field that says why
+            ax.set_box_aspect(0.75)
+            ax.text(0.5, 0.5, "\n".join(reason), transform=ax.transAxes, ha="center", va="center", fontsize=11)
+            reason = []
+        ax.set_title("\n".join([split, _short(path.name, 28), *reason]), fontsize=11)
     return fig
 
 # %% ../nbs/32_check.ipynb #e9bf7f4a
