@@ -131,10 +131,10 @@ class _WeightedLosses(nn.Module):
 # %% ../nbs/15_criterion.ipynb #974f15f3
 def _name_layers(per_layer: dict[str, Float[Tensor, "L K"]]) -> dict[str, Tensor]:
     "One entry per loss and layer, under the released names; the mean where a layer has several groups of queries."
-    (*others, last), names = zip(*(values.mean(1) for values in per_layer.values())), per_layer.keys()
-    losses = dict(zip(names, last))
-    for layer, values in enumerate(others):
-        losses |= {f"{name}_{layer}": value for name, value in zip(names, values)}
+    by_layer = list(zip(*(values.mean(1) for values in per_layer.values())))  # a tuple of losses for each layer
+    losses = dict(zip(per_layer, by_layer[-1]))
+    for layer, values in enumerate(by_layer[:-1]):
+        losses |= {f"{name}_{layer}": value for name, value in zip(per_layer, values)}
     return losses
 
 # %% ../nbs/15_criterion.ipynb #62b14f06
@@ -166,6 +166,7 @@ class SetCriterion(SoftmaxScores, _WeightedLosses):
         if normalizers is None:
             own = self.normalizers(targets.counts, predictions.logits.shape[2], predictions.logits.dtype)
             normalizers = reduce_sum(own) / world_size()
+        # A batch without objects is divided by one for all processes together: its sums are zero.
         divisors = torch.where(normalizers > 0, normalizers, 1 / world_size())
         table = self.class_table(predictions.logits)
         matches = match(predictions, targets, *self.costs, table, self.class_cost)

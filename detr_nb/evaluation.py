@@ -211,7 +211,8 @@ def _judge(found: _Found, ground_truth: COCO, category_ids: Sequence[int], sure:
         overlaps = np.reshape(overlaps, (len(rows), len(truth)))
         free, own = np.ones(len(truth), dtype=bool), np.zeros_like(confusion)
         for said, row in zip(rows[:, 1].astype(int), overlaps):
-            row = np.where(free & (row >= 0.5), row - crowd, -2)  # a crowd only if there is no object
+            # An IoU is in 0..1, so one less puts crowds behind all objects, and -2 behind crowds: no choice at all.
+            row = np.where(free & (row >= 0.5), row - crowd, -2)
             place = int(row.argmax()) if len(row) else 0
             if not len(row) or row[place] == -2:
                 own[nothing, said] += 1
