@@ -47,10 +47,29 @@ def _labels_of_cells(
     "The class of each cell's object."
     return F.pad(targets.labels, (0, 1), value=no_object)[objects]  # -1 is the last
 
+# %% ../nbs/31_pretrain.ipynb #18f5dace
+def _loss_of_objects(
+    logits: Float[Tensor, "P C+1"],  # of cells that show something
+    whose: Int[Tensor, "P"],  # the object of each
+    labels: Int[Tensor, "N"],
+) -> Float[Tensor, ""]:
+    "Cross-entropy of the mean logits of each object's cells, summed; an object that smaller ones hide is left out."
+    cells = torch.bincount(whose, minlength=len(labels))
+    sums = logits.new_zeros(len(labels), logits.shape[1]).index_add(0, whose, logits)
+    seen = cells > 0
+    return F.cross_entropy(sums[seen] / cells[seen, None], labels[seen], reduction="sum")
+
+
+def _start(targets: Targets, size: torch.Size, stride: int, side: float = 0.25) -> Float[Tensor, "B S 4"]:
+    "The logits of the box around each cell before anything is learned, `side` of the image wide."
+    y, x = ((torch.arange(cells, device=targets.sizes.device) + 0.5) * stride for cells in size)
+    pixels = torch.stack(torch.broadcast_tensors(x, y[:, None]), dim=-1).flatten(0, 1)
+    centres = pixels / targets.sizes.flip(-1)[:, None]
+    return torch.cat([centres, torch.full_like(centres, side)], dim=-1).clamp(0.01, 0.99).logit()
+
 # %% ../nbs/31_pretrain.ipynb #fb9e8c55
 class _CellReader(nn.Module):
     "A backbone, and two linear layers: what each cell shows, and the box of the object that it is a part of."
-    side = 0.25  # of a cell's box before anything is learned, as a share of the image
 
     def __init__(self, backbone: nn.Module, num_classes: int):
         super().__init__()
@@ -85,34 +104,15 @@ class _CellReader(nn.Module):
             weight = weight * ~padding
         image, cell = (objects.flatten(1) >= 0).nonzero(as_tuple=True)
         whose = objects.flatten(1)[image, cell]
-        boxes = (self.start(batch.targets, objects.shape[1:]) + moves.flatten(2).mT).sigmoid()
+        boxes = (_start(batch.targets, objects.shape[1:], self.backbone.stride) + moves.flatten(2).mT).sigmoid()
         edges, overlaps = box_losses(boxes[None], batch.targets, Matches(torch.zeros_like(image), image, cell, whose))
         total = (F.cross_entropy(logits, labels, reduction="none") * weight).sum()
-        total = total + together * self.by_object(logits.flatten(2).mT[image, cell], whose, batch.targets.labels)
+        total = total + together * _loss_of_objects(logits.flatten(2).mT[image, cell], whose, batch.targets.labels)
         return total + l1 * edges.sum() + giou * overlaps.sum(), weight.sum()
-
-    def start(self, targets: Targets, size: torch.Size) -> Float[Tensor, "B S 4"]:
-        "The logits of the box around each cell."
-        y, x = ((torch.arange(cells, device=targets.sizes.device) + 0.5) * self.backbone.stride for cells in size)
-        pixels = torch.stack(torch.broadcast_tensors(x, y[:, None]), dim=-1).flatten(0, 1)
-        centres = pixels / targets.sizes.flip(-1)[:, None]
-        return torch.cat([centres, torch.full_like(centres, self.side)], dim=-1).clamp(0.01, 0.99).logit()
-
-    @staticmethod
-    def by_object(
-        logits: Float[Tensor, "P C+1"],  # of cells that show something
-        whose: Int[Tensor, "P"],  # the object of each
-        labels: Int[Tensor, "N"],
-    ) -> Float[Tensor, ""]:
-        "Cross-entropy of the mean logits of each object's cells, summed; an object that smaller ones hide is left out."
-        cells = torch.bincount(whose, minlength=len(labels))
-        sums = logits.new_zeros(len(labels), logits.shape[1]).index_add(0, whose, logits)
-        seen = cells > 0
-        return F.cross_entropy(sums[seen] / cells[seen, None], labels[seen], reduction="sum")
 
 # %% ../nbs/31_pretrain.ipynb #6a0e100b
 def pretrain_backbone(run: Run) -> None:
-    "Let the backbone learn alone what the cells of its map show, and where that ends; goes on where `backbone.pth` is resumed."
+    "Let the backbone learn alone what its cells show and where that ends; goes on where `backbone.pth` is resumed."
     gentle = 3e-4 if run.config.model.pretrained else 3e-3  # for what ImageNet taught
     config = run.config.but(epochs=run.config.model.pretrain_epochs, lr=3e-3, lr_backbone=gentle, lr_muon=0.05,
                             warmup_steps=50, schedule="cosine")
