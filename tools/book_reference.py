@@ -20,6 +20,7 @@ from nbdev_directives import FIGURE_REFERENCE
 
 ROOT = Path(__file__).resolve().parent.parent
 DIFFERENCES = re.compile(r"^## Where [^\n]*differs?\b[^\n]*\n(.*?)(?=^#{1,2} |\Z)", re.MULTILINE | re.DOTALL)
+ABOVE = re.compile(r"^(?![|]).*\babove\b.*\n?", re.MULTILINE)  # what only the chapter itself can say
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -39,7 +40,8 @@ def differences() -> str:
     text = []
     for name, (title, prose) in chapters().items():
         for section in DIFFERENCES.findall("\n".join(prose)):
-            text.append(f"## {title}\n\n[Chapter {name[:2]}]({name}.ipynb)\n\n{section.strip()}\n")
+            section = ABOVE.sub("", section).strip()
+            text.append(f"## {title}\n\n[Chapter {name[:2]}]({name}.ipynb)\n\n{section}\n")
     return FIGURE_REFERENCE.sub(r"{numref}`\1`", "\n".join(text))
 
 
