@@ -158,8 +158,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "nbs/slow.json")
     options = parser.parse_args()
     if not options.backbone.exists():
-        sys.exit(f"{options.backbone} is not there: `make runs/detr/predictions.png` makes it, or name "
-                 "another run's with --backbone")
+        sys.exit(f"{options.backbone} is not there: `make train ARGS='shapes --output_dir runs/detr'` makes it, "
+                 "or name another run's with --backbone")
     found = {"date": str(date.today()), "torch": version("torch"), "threads": torch.get_num_threads(),
              "images": IMAGES, "every": EVERY, "runs": {}}
     for name in options.only:
