@@ -22,18 +22,16 @@ from detr_nb.checkpoints import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SIGMOID = "--class_loss ia_bce --cls_loss_coef 2 --set_cost_class 2 --bbox_loss_coef 5 --giou_loss_coef 2"
+PROPOSALS = f"--decoder dab {SIGMOID} --box_bias rpb --two_stage --repeat_proposals 4"
 VARIANTS = {  # each adds one idea to the one before
     "DETR": "",
     "anchors": "--decoder dab",
     "anchors, IA-BCE": f"--decoder dab {SIGMOID}",
     "anchors, IA-BCE, bias": f"--decoder dab {SIGMOID} --box_bias rpb",
-    "anchors, IA-BCE, bias, proposals": f"--decoder dab {SIGMOID} --box_bias rpb --two_stage "
-                                        "--repeat_proposals 4",
-    "and denoising": f"--decoder dab {SIGMOID} --box_bias rpb --two_stage --repeat_proposals 4 --denoising 16",
-    "and one encoder layer, not three": f"--decoder dab {SIGMOID} --box_bias rpb --two_stage --repeat_proposals 4 "
-                                        "--denoising 16 --enc_layers 1",
-    "and three groups": f"--decoder dab {SIGMOID} --box_bias rpb --two_stage --repeat_proposals 4 "
-                        "--query_groups 3",
+    "anchors, IA-BCE, bias, proposals": PROPOSALS,
+    "and denoising": f"{PROPOSALS} --denoising 16",
+    "and one encoder layer, not three": f"{PROPOSALS} --denoising 16 --enc_layers 1",
+    "and three groups": f"{PROPOSALS} --query_groups 3",
     "points of two maps, IA-BCE, proposals": f"--decoder dab_deformable {SIGMOID} --two_stage --repeat_proposals 4 "
                                              "--num_feature_levels 2",  # in place of all cells and a bias
 }
@@ -70,7 +68,7 @@ def main() -> None:
         sys.exit(f"{options.backbone} is not there: `make train ARGS='shapes --output_dir runs/detr'` makes it, "
                  "or name another run's with --backbone")
     found = {"date": str(date.today()), "torch": version("torch"), "threads": torch.get_num_threads(),
-             "epochs": options.epochs, "validation_images": options.limit_val or 1000, "runs": {}}
+             "epochs": options.epochs, "validation_images": options.limit_val or 500, "runs": {}}
     for name in options.only:
         for seed in options.seeds:
             folder = options.folder / f"{name.replace(', ', '_').replace(' ', '_')}_{seed}"
