@@ -65,7 +65,7 @@ diffs: ## tell git in this clone to show notebooks as text, without their pictur
 
 train: env ## train and evaluate, on the GPU if there is one; without ARGS what learns fastest on the embedded set
 	@PATH="$(abspath $(BIN)):$$PATH" accelerate launch --config_file configs/accelerate/$(CONFIG).yaml \
-		$(if $(findstring one_cpu,$(CONFIG)),--num_cpu_threads_per_process $(CORES)) -m detr_nb.train $(or $(ARGS),shapes_dab)
+		$(if $(findstring one_cpu,$(CONFIG)),--num_cpu_threads_per_process $(CORES)) -m detr_nb.train $(or $(ARGS),shapes_dino)
 
 test: env ## run every chapter, compare what its cells say with what is saved, then tests/
 	@start=$$SECONDS; \

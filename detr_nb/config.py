@@ -78,6 +78,8 @@ class ModelConfig:
     # with dab: attention's scores get a bias, a Gaussian beside the box, or a learned function of its edges
     box_bias: Literal["none", "gauss", "rpb"] = "none"
     two_stage: bool = False  # with dab or deformable decoders: queries begin with boxes that the encoder proposes
+    # with two_stage: what queries are about is learned (DINO); no: it begins as what the surest cells show (RT-DETR)
+    embed_init_tgt: bool = True
     # with dab and dab_deformable, in training: noised copies of each image's objects, which the decoder mends; 0: none
     # (DINO: 100)
     denoising: int = 0
@@ -234,11 +236,11 @@ PRESETS["deformable_two_stage"] = PRESETS["deformable_refine"].but(two_stage=Tru
 PRESETS["dino"] = PRESETS["dab"].but(
     decoder="dab_deformable", num_feature_levels=4, two_stage=True, denoising=100, num_queries=900, dropout=0.0,
     cls_loss_coef=1, lr_linear_proj_mult=1.0, epochs=12, lr_drop=11)
-PRESETS["shapes_dab"] = PRESETS["shapes"].but(
+PRESETS["shapes_dino"] = PRESETS["shapes"].but(
     epochs=7, pretrain_epochs=10, enc_layers=1, decoder="dab", box_bias="rpb", two_stage=True, denoising=16,
     class_loss="ia_bce", repeat_proposals=4, set_cost_class=2, cls_loss_coef=2, bbox_loss_coef=5, giou_loss_coef=2,
 )  # the embedded set with half of the steps
-PRESETS["photos"] = PRESETS["shapes_dab"].but(
+PRESETS["photos"] = PRESETS["shapes_dino"].but(
     backbone="timm/tf_efficientnet_lite0@16", backbone_norm="frozen", pretrained=True, pretrain_epochs=0,
     keep_classes=True, batch_size=4, lr=3e-4, lr_backbone=2e-4, image_size=240, num_queries=60, denoising=30,
     epochs=20, warmup_steps=40, group_by_shape=False,

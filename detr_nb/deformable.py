@@ -111,10 +111,9 @@ class _ManyMaps(ProposalDETR):
             look = "multihead_attn" if isinstance(layer, DecoderLayer) else "self_attn"
             setattr(layer, look, DeformableAttention(width, layer.self_attn.heads, num_feature_levels))
 
-    def decode(
-        self, images: Float[Tensor, "B 3 H W"], padding: Bool[Tensor, "B H W"] | None = None,
-        **given: Any,  # what else `begin` takes
-    ) -> tuple[Decoded, Float[Tensor, "B S D"], Features]:
+    def read(
+        self, images: Float[Tensor, "B 3 H W"], padding: Bool[Tensor, "B H W"] | None = None
+    ) -> tuple[list[Float[Tensor, "B D h w"]], list[Bool[Tensor, "B h w"] | None], Features]:
         "As in `DETR`, of several maps."
         features, last = self.backbone(images, padding), min(len(self.input_proj), 3)
         maps = [conv(x) for (conv, _), x in zip(self.input_proj, (*features.maps[-last:], features.maps[-1]))]
@@ -125,7 +124,7 @@ class _ManyMaps(ProposalDETR):
             paddings = [padding[:, ::stride, ::stride] for stride, _ in zip(strides, maps)]
             real = [~hidden[:, None] for hidden in paddings]
         maps = [_masked_group_norm(x, norm, cells) for x, (_, norm), cells in zip(maps, self.input_proj, real)]
-        return *self.attend(maps, paddings, **given), features
+        return maps, paddings, features
 
     def lay_out(
         self, projected: Sequence[Float[Tensor, "B D h w"]], padding: Sequence[Bool[Tensor, "B h w"] | None]

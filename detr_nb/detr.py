@@ -126,6 +126,13 @@ class DETR(nn.Module):
         slots, memory = self.transformer(tokens, positions, self.query_embed.weight, cells)
         return Decoded(slots), memory
 
+    def read(
+        self, images: Float[Tensor, "B 3 H W"], padding: Bool[Tensor, "B H W"] | None = None
+    ) -> tuple[Float[Tensor, "B D h w"], Bool[Tensor, "B h w"] | None, Features]:
+        "What the transformer reads: the backbone's last map at its width, and the padding of that."
+        features = self.backbone(images, padding)
+        return self.input_proj(features.maps[-1]), features.padding, features
+
     def decode(
         self,
         images: Float[Tensor, "B 3 H W"],  # normalised
@@ -133,9 +140,8 @@ class DETR(nn.Module):
         **given: Any,  # what else `attend` takes
     ) -> tuple[Decoded, Float[Tensor, "B S D"], Features]:  # the decoder's and the encoder's output, features
         "All but the heads."
-        features = self.backbone(images, padding)
-        decoded, memory = self.attend(self.input_proj(features.maps[-1]), features.padding, **given)
-        return decoded, memory, features
+        projected, hidden, features = self.read(images, padding)
+        return *self.attend(projected, hidden, **given), features
 
     def answer(self, decoded: Decoded) -> Predictions:
         "What the two heads say of what was found."

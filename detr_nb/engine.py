@@ -92,8 +92,8 @@ def choose_transform(config: Config, train: bool) -> Transform:
 
 # %% ../nbs/28_engine.ipynb #29a61fce
 _DETR = {name: PRESETS["paper"].flat()[name] for name in (  # what came after it, when nothing of it is asked for
-    "decoder", "query_groups", "box_bias", "two_stage", "class_loss", "denoising", "dn_groups", "dn_noise",
-    "dn_label_noise", "dn_box_noise", "num_feature_levels", "with_box_refine")}
+    "decoder", "query_groups", "box_bias", "two_stage", "embed_init_tgt", "class_loss", "denoising", "dn_groups",
+    "dn_noise", "dn_label_noise", "dn_box_noise", "num_feature_levels", "with_box_refine")}
 
 
 def build_model(config: Config, num_classes: int) -> DETR | SegmentationDETR:

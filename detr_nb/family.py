@@ -25,7 +25,8 @@ _DECODERS = {"conditional": ConditionalDecoder, "dab": AnchorDecoder, "deformabl
 
 
 def _check_family(
-    decoder: str, box_bias: str, two_stage: bool, denoising: int, sigmoid: bool, levels: int, refine: bool, groups: int
+    decoder: str, box_bias: str, two_stage: bool, embed_init_tgt: bool, denoising: int, sigmoid: bool, levels: int,
+    refine: bool, groups: int,
 ) -> None:
     "Raise `UserError` for ideas that do not go together, and say why."
     needs = {  # flag: whether it is asked for, the decoders that have it, why the others do not
@@ -41,6 +42,9 @@ def _check_family(
     if decoder == "deformable" and two_stage and (groups > 1 or not refine):
         raise UserError("--decoder deformable with --two_stage makes queries of the boxes alone: --query_groups 1, "
                         "or all are alike, and --with_box_refine; or --decoder dab_deformable")
+    if not embed_init_tgt and not (two_stage and decoder in ("dab", "dab_deformable") and groups == 1):
+        raise UserError("--no_embed_init_tgt lets queries begin with what the surest cells show: it needs --two_stage, "
+                        "a dab or dab_deformable decoder, and --query_groups 1, or all groups are alike")
     if two_stage and not sigmoid:
         raise UserError("--two_stage ranks cells by their surest class: give a --class_loss other than ce, whose "
                         "no-object takes part in every probability")
@@ -58,6 +62,7 @@ def build_family(
     query_groups: int = 1,
     box_bias: Literal["none", "gauss", "rpb"] = "none",
     two_stage: bool = False,
+    embed_init_tgt: bool = True,
     class_loss: Literal["ce", "focal", "ia_bce", "vfl", "mal"] = "ce",  # ce: with no-object
     num_feature_levels: int = 1,
     with_box_refine: bool = False,
@@ -66,7 +71,8 @@ def build_family(
 ) -> GroupedDETR:
     "A DETR with the ideas that came after it; raises `UserError` for those that do not go together."
     sigmoid = class_loss != "ce"
-    _check_family(decoder, box_bias, two_stage, denoising, sigmoid, num_feature_levels, with_box_refine, query_groups)
+    _check_family(decoder, box_bias, two_stage, embed_init_tgt, denoising, sigmoid, num_feature_levels, with_box_refine,
+                  query_groups)
     width, heads, dim_feedforward, dropout, pre_norm = layer.values()
     transformer = Transformer(width, heads, enc_layers, dec_layers, dim_feedforward, dropout, pre_norm)
     if decoder == "dab":
@@ -77,17 +83,17 @@ def build_family(
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
     spots = dict(num_feature_levels=num_feature_levels, with_box_refine=with_box_refine)
+    stages = dict(two_stage=two_stage, embed_init_tgt=embed_init_tgt)
     kind, ideas = {"detr": (GroupedDETR, {}), "conditional": (AnchorDETR, {}), "dab": (
-        ProposalDETR, dict(box_bias=box_bias, two_stage=two_stage))}.get(
-            decoder, (DeformableDETR, spots | {"two_stage": two_stage}))
+        ProposalDETR, dict(box_bias=box_bias) | stages)}.get(decoder, (DeformableDETR, spots | stages))
     if denoising:
         kind = DINO if decoder == "dab_deformable" else DenoisingDETR
         ideas |= dict(denoising=denoising, **noise)
     model = kind(backbone, transformer, position_encoding, num_classes=num_classes, num_queries=num_queries,
                  query_groups=query_groups, sigmoid=sigmoid, **ideas)
-    model.family = spots | dict(num_classes=num_classes, num_queries=num_queries, decoder=decoder, two_stage=two_stage,
-                                query_groups=query_groups, box_bias=box_bias, class_loss=class_loss,
-                                denoising=denoising, **noise)
+    model.family = spots | stages | dict(num_classes=num_classes, num_queries=num_queries, decoder=decoder,
+                                         query_groups=query_groups, box_bias=box_bias, class_loss=class_loss,
+                                         denoising=denoising, **noise)
     return model
 
 # %% ../nbs/48_family.ipynb #69bbfee6

@@ -7,6 +7,7 @@ __all__ = ['pretrain_backbone']
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .batching import Batch, Targets
+from .checkpoints import load_checkpoint
 from .criterion import box_losses
 from .detr import at_least_float32
 from .distributed import get_logger, reduce_mean
@@ -68,6 +70,39 @@ def _start(targets: Targets, size: torch.Size, stride: int, side: float = 0.25) 
     return torch.cat([centres, torch.full_like(centres, side)], dim=-1).clamp(0.01, 0.99).logit()
 
 # %% ../nbs/31_pretrain.ipynb #fb9e8c55
+class _Map(NamedTuple):
+    "What the cells of one map say."
+    logits: Float[Tensor, "B S C+1"]  # of classes, the last: nothing
+    boxes: Float[Tensor, "B S 4"]  # logits of shares of the image
+    size: tuple[int, int]  # height and width, in cells
+    stride: int  # pixels from cell to cell
+    padding: Bool[Tensor, "B H W"] | None
+
+    def loss(
+        self,
+        targets: Targets,
+        background: float = 0.3,  # weight of a cell that shows nothing
+        together: float = 3.0,  # weight of an object, beside that of a cell which shows a part of one
+        l1: float = 2.5, giou: float = 1.0,  # weights of the two losses of a cell's box
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:  # sum over cells, and what to divide it by
+        "Cross-entropy of cells and of objects, and what the cells' boxes miss."
+        objects = _objects_of_cells(targets, self.size, self.stride)
+        no_object = self.logits.shape[-1] - 1
+        labels = _labels_of_cells(objects, targets, no_object)
+        weight = torch.where(labels == no_object, background, 1.0)
+        if self.padding is not None:
+            weight = weight * ~self.padding
+        image, cell = (objects.flatten(1) >= 0).nonzero(as_tuple=True)
+        whose = objects.flatten(1)[image, cell]
+        matches = Matches(torch.zeros_like(image), image, cell, whose)
+        edges, overlaps = box_losses(self.boxes.sigmoid()[None], targets, matches)
+        total = (F.cross_entropy(self.logits.mT, labels.flatten(1), reduction="none") * weight.flatten(1)).sum()
+        total = total + together * _loss_of_objects(self.logits[image, cell], whose, targets.labels)
+        return total + l1 * edges.sum() + giou * overlaps.sum(), weight.sum()
+
+
+
+# %% ../nbs/31_pretrain.ipynb #b1f3ea90
 class _CellReader(nn.Module):
     "A backbone, and two linear layers: what each cell shows, and the box of the object that it is a part of."
 
@@ -79,44 +114,55 @@ class _CellReader(nn.Module):
         for parameter in (*self.class_embed.parameters(), *self.bbox_embed.parameters()):
             nn.init.zeros_(parameter)
 
-    def read(
-        self, batch: Batch
-    ) -> tuple[Float[Tensor, "B C+1 H W"], Float[Tensor, "B 4 H W"], Bool[Tensor, "B H W"] | None]:
-        "Logits of classes, where boxes differ from what they begin with, and which cells are padding."
-        features = self.backbone(batch.images, batch.padding)
-        logits, moves = (at_least_float32(head(features.maps[-1])) for head in (self.class_embed, self.bbox_embed))
-        return logits, moves, features.padding
+    def read(self, batch: Batch) -> list[_Map]:
+        "What the cells of the last map say."
+        features, stride = self.backbone(batch.images, batch.padding), self.backbone.stride
+        logits, moves = (at_least_float32(head(features.maps[-1])).flatten(2).mT
+                         for head in (self.class_embed, self.bbox_embed))
+        size = features.maps[-1].shape[-2:]
+        return [_Map(logits, _start(batch.targets, size, stride) + moves, size, stride, features.padding)]
 
-    def loss(
-        self,
-        batch: Batch,
-        background: float = 0.3,  # weight of a cell that shows nothing
-        together: float = 3.0,  # weight of an object, beside that of a cell which shows a part of one
-        l1: float = 2.5, giou: float = 1.0,  # weights of the two losses of a cell's box
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:  # sum over cells, and what to divide it by
-        "Cross-entropy of cells and of objects, and what the cells' boxes miss."
-        logits, moves, padding = self.read(batch)
-        objects = _objects_of_cells(batch.targets, logits.shape[-2:], self.backbone.stride)
-        no_object = logits.shape[1] - 1
-        labels = _labels_of_cells(objects, batch.targets, no_object)
-        weight = torch.where(labels == no_object, background, 1.0)
-        if padding is not None:
-            weight = weight * ~padding
-        image, cell = (objects.flatten(1) >= 0).nonzero(as_tuple=True)
-        whose = objects.flatten(1)[image, cell]
-        boxes = (_start(batch.targets, objects.shape[1:], self.backbone.stride) + moves.flatten(2).mT).sigmoid()
-        edges, overlaps = box_losses(boxes[None], batch.targets, Matches(torch.zeros_like(image), image, cell, whose))
-        total = (F.cross_entropy(logits, labels, reduction="none") * weight).sum()
-        total = total + together * _loss_of_objects(logits.flatten(2).mT[image, cell], whose, batch.targets.labels)
-        return total + l1 * edges.sum() + giou * overlaps.sum(), weight.sum()
+# %% ../nbs/31_pretrain.ipynb #542d627d
+class _ProposalReader(nn.Module):
+    "The first stage of a detector with two of them, whose cells propose classes and boxes themselves."
+
+    def __init__(self, detr: nn.Module):
+        super().__init__()
+        self.detr = detr
+
+    def read(self, batch: Batch) -> list[_Map]:
+        "What the cells of each map say; beside the logits of their classes nothing has a logit of zero."
+        logits, boxes, maps, paddings = self.detr.cells(batch.images, batch.padding)
+        maps, paddings = (x if isinstance(x, list) else [x] for x in (maps, paddings))
+        strides = (*self.detr.backbone.strides[-min(len(maps), 3) :], 2 * self.detr.backbone.stride)
+        sizes = [x.shape[-2:] for x in maps]
+        parts = (x.split([height * width for height, width in sizes], dim=1) for x in (F.pad(logits, (0, 1)), boxes))
+        return [_Map(*found) for found in zip(*parts, sizes, strides, paddings)]
+
+
+def _loss(maps: list[_Map], targets: Targets) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    "That of all maps, whose mean it is; a cell counts by its area, and what to divide by is the coarsest map's."
+    losses, weights = zip(*(seen.loss(targets) for seen in maps))
+    shares = [(seen.stride / maps[-1].stride) ** 2 / len(maps) for seen in maps]
+    return sum(share * loss for share, loss in zip(shares, losses)), weights[-1]
+
+
 
 # %% ../nbs/31_pretrain.ipynb #6a0e100b
+def _reader(run: Run) -> nn.Module:
+    "Who is asked: the detector's own proposals if it has any, unless other heads were when the lesson began."
+    began = run.config.run.resume if Path(run.config.run.resume).name == BACKBONE else ""
+    if run.config.model.two_stage and not (began and "class_embed.weight" in load_checkpoint(began)["model"]):
+        return _ProposalReader(run.detr)
+    return _CellReader(run.detr.backbone, run.detr.num_classes)
+
+
 def pretrain_backbone(run: Run) -> None:
     "Let the backbone learn alone what its cells show and where that ends; goes on where `backbone.pth` is resumed."
     gentle = 3e-4 if run.config.model.pretrained else 3e-3  # for what ImageNet taught
     config = run.config.but(epochs=run.config.model.pretrain_epochs, lr=3e-3, lr_backbone=gentle, lr_muon=0.05,
                             warmup_steps=50, schedule="cosine")
-    reader = _CellReader(run.detr.backbone, run.detr.num_classes).to(run.process.device).train()
+    reader = _reader(run).to(run.process.device).train()
     stage = replace(run, model=reader, optimizer=build_optimizer(reader, config), checkpoint=BACKBONE,
                     accumulate=1, first_order=run.config.optimizer.epochs, averages=Averages(), recent=deque(maxlen=20),
                     average=None)
@@ -126,7 +172,7 @@ def pretrain_backbone(run: Run) -> None:
     while stage.epoch < last:
         for (batch,) in steps_of_epoch(stage):
             set_rates(stage.optimizer, rate_factor(stage.step, stage.steps_per_epoch, config))
-            total, weight = reader.loss(batch)
+            total, weight = _loss(reader.read(batch), batch.targets)
             loss = total / reduce_mean(weight)
             loss.backward()
             _average_gradients(reader)

@@ -17,12 +17,13 @@ class ProposalDETR(NearbyDETR):
     "A `NearbyDETR` that takes its first boxes from the encoder, with `two_stage`: `--two_stage`."
     side = 0.2  # of the box that a cell proposes before anything is learned, as a share of the image
 
-    def __init__(self, *parts: nn.Module, two_stage: bool = False, **settings):
+    def __init__(self, *parts: nn.Module, two_stage: bool = False, embed_init_tgt: bool = True, **settings):
         super().__init__(*parts, **settings)
-        self.two_stage = two_stage
+        self.two_stage, self.embed_init_tgt = two_stage, embed_init_tgt
         if two_stage:
             width, classes = self.transformer.decoder.width, self.class_embed.out_features
-            self.query_embed = nn.Embedding(self.query_embed.num_embeddings, width)
+            self.query_embed = nn.Embedding(self.query_embed.num_embeddings, width if embed_init_tgt else 0)
+            self.query_embed.requires_grad_(embed_init_tgt)  # else only their number counts
             self.enc_output, self.enc_output_norm = nn.Linear(width, width), nn.LayerNorm(width)
             self.enc_class_embed, self.enc_bbox_embed = nn.Linear(width, classes), MLP(width, width, 4)
             nn.init.constant_(self.enc_class_embed.bias, torch.tensor(0.01).logit())
@@ -31,13 +32,21 @@ class ProposalDETR(NearbyDETR):
 
     def propose(
         self, memory: Float[Tensor, "B S D"], projected: Float[Tensor, "B D h w"], padding: Bool[Tensor, "B h w"] | None
-    ) -> tuple[Float[Tensor, "B S C"], Float[Tensor, "B S 4"]]:  # logits of classes; logits of shares
-        "What each cell says: a class, and a box around itself."
+    ) -> tuple[Float[Tensor, "B S C"], Float[Tensor, "B S 4"], Float[Tensor, "B S D"]]:
+        "What each cell says, a class and a box around itself (logits of shares), and by which vector."
         tokens = self.enc_output_norm(self.enc_output(memory))
         start, silent = self.start(projected, padding)
         logits = in_full_precision(self.enc_class_embed, tokens)
         boxes = start.clamp(0.01, 0.99).logit() + in_full_precision(self.enc_bbox_embed, tokens)
-        return logits if silent is None else logits.masked_fill(silent[..., None], -20.0), boxes
+        return logits if silent is None else logits.masked_fill(silent[..., None], -20.0), boxes, tokens
+
+    def cells(
+        self, images: Float[Tensor, "B 3 H W"], padding: Bool[Tensor, "B H W"] | None = None
+    ) -> tuple:  # logits and boxes as `propose` gives them, maps and padding as `read` does
+        "What all cells say, without asking a query."
+        projected, hidden, _ = self.read(images, padding)
+        memory = self.transformer.encoder(*self.lay_out(projected, hidden))
+        return *self.propose(memory, projected, hidden)[:2], projected, hidden
 
     def start(
         self, projected: Float[Tensor, "B D h w"], padding: Bool[Tensor, "B h w"] | None
@@ -55,10 +64,11 @@ class ProposalDETR(NearbyDETR):
         first = super().begin(memory, projected, padding)
         if not self.two_stage:
             return first
-        logits, boxes = self.propose(memory, projected, padding)
+        logits, boxes, tokens = self.propose(memory, projected, padding)
         surest = logits.detach().amax(-1).argsort(dim=1, descending=True)
         place = torch.arange(self.num_queries, device=surest.device).clamp(max=surest.shape[1] - 1)
         chosen = surest[:, place].repeat(1, first.groups)
-        anchors = boxes.detach().gather(1, chosen[..., None].expand(-1, -1, 4))
+        anchors, found = (x.detach().gather(1, chosen[..., None].expand(-1, -1, x.shape[-1])) for x in (boxes, tokens))
+        content = first.queries if self.embed_init_tgt else found
         proposals = Predictions(logits[None], boxes.sigmoid()[None], sigmoid=True)
-        return Beginning(anchors, first.groups, first.extra | {"content": first.queries}, proposals)
+        return Beginning(anchors, first.groups, first.extra | {"content": content}, proposals)

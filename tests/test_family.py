@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from child import Child, clean_environ
 from test_parity import list_targets, make_targets
-from test_train import ROOT, steps, together
+from test_train import ROOT, here, steps, together  # noqa: F401
 from test_train import SMALL as SMALL_RUN
 from torch import Tensor, nn
+from torchvision.ops import box_convert, generalized_box_iou
 
 from detr_nb.annotations import Categories
 from detr_nb.backbone import Features
-from detr_nb.checkpoints import CheckpointError
+from detr_nb.batching import Batch
+from detr_nb.checkpoints import CheckpointError, load_checkpoint
 from detr_nb.config import PRESETS
 from detr_nb.criterion import SetCriterion
 from detr_nb.detr import DETR, Predictions, build_detr
@@ -27,6 +29,7 @@ from detr_nb.focal import SigmoidCriterion
 from detr_nb.groups import apart, repeat
 from detr_nb.layouts import to_released, to_transformers
 from detr_nb.matcher import match
+from detr_nb.pretrain import _loss, _ProposalReader
 from detr_nb.pretrained import InClassesOf, load_detector, transfer_weights
 from detr_nb.shapes_set import write_shapes
 
@@ -363,6 +366,8 @@ VARIANTS = {
     "dino": dict(decoder="dab_deformable", class_loss="focal", num_feature_levels=2, two_stage=True, denoising=8,
                  dn_label_noise=0.0, dn_box_noise=0.0),
     "dn": dict(decoder="dab", class_loss="focal", denoising=8, dn_groups=5, dn_noise="plain"),
+    "told": dict(decoder="dab_deformable", class_loss="ia_bce", num_feature_levels=2, two_stage=True,
+                 embed_init_tgt=False, denoising=8, dn_label_noise=0.0, dn_box_noise=0.0),
 }
 SMALL = dict(hidden_dim=32, nheads=4, enc_layers=1, dec_layers=2, dim_feedforward=64, num_queries=6)
 
@@ -463,7 +468,9 @@ def test_a_variant_is_not_written_as_if_it_were_detr(write):
 
 @pytest.mark.parametrize("settings, message", [
     (dict(box_bias="rpb"), "needs --decoder dab"), (dict(decoder="conditional", two_stage=True), "needs --decoder dab"),
-    (dict(decoder="dab", two_stage=True), "--class_loss other than ce")])
+    (dict(decoder="dab", two_stage=True), "--class_loss other than ce"),
+    (dict(decoder="dab", class_loss="focal", embed_init_tgt=False), "--no_embed_init_tgt.* needs --two_stage"),
+    (dict(decoder="dab", class_loss="focal", two_stage=True, embed_init_tgt=False, query_groups=2), "are alike")])
 def test_what_does_not_go_together_is_refused(settings, message):
     with pytest.raises(UserError, match=message):
         build_model(PRESETS["shapes"].but(**SMALL, **settings), CLASSES)
@@ -476,21 +483,81 @@ def test_presets_have_the_papers_settings():
     assert PRESETS["group_dab"].model.query_groups == 11 and PRESETS["dab"].model.temperature == 20
 
 
+def flags_of(name: str) -> list[str]:
+    "What a variant is called on the command line."
+    words = {True: lambda flag: [f"--{flag}"], False: lambda flag: [f"--no_{flag}"]}
+    return [word for flag, value in VARIANTS[name].items() for word in (
+        words[value](flag) if isinstance(value, bool) else [f"--{flag}", str(value)])]
+
+
 @pytest.mark.parametrize("name", ["conditional", "dab_ce", "deformable", "refined", "dab_deformable", "all", "repeated",
-                                  "denoised", "dino"])
+                                  "denoised", "dino", "told"])
 def test_two_processes_of_a_variant_are_one_run(name, tmp_path):
     "In float64, as for DETR; both runs evaluate, write checkpoints and draw."
     shapes = write_shapes(tmp_path / "shapes", num_train=32, num_val=4, num_workers=1)
-    flags = [word for flag, value in VARIANTS[name].items() for word in ([f"--{flag}"] if value is True else
-                                                                         [f"--{flag}", str(value)])]
-    few = [*SMALL_RUN, *flags, "--shapes_path", shapes, "--pretrain_epochs", 0, "--optimizer", "adamw"]
+    few = [*SMALL_RUN, *flags_of(name), "--shapes_path", shapes, "--pretrain_epochs", lesson := int(name == "told"),
+           "--optimizer", "adamw"]
     program = str(ROOT / "tests/in_float64.py")
     alone = Child([program, *map(str, [*few, "--batch_size", 8, "--output_dir", tmp_path / "one"])], clean_environ())
     assert alone.wait(timeout=300) == 0, alone.communicate()
     together(*few, "--batch_size", 4, "--output_dir", tmp_path / "two", program=[program])
     one, two = ([line["loss"] for line in steps(tmp_path / run)] for run in ("one", "two"))
-    assert len(one) == 4 and one == pytest.approx(two, rel=1e-8)
+    assert len(one) == 4 + 4 * lesson and one == pytest.approx(two, rel=1e-8)
     assert load_detector(tmp_path / "one/best.pth").model.num_queries == PRESETS["shapes"].model.num_queries
+
+
+def test_cells_are_asked_for_class_and_box_as_in_plain_loops(in_float64):
+    "On two maps, in images of different size; a cell is in a box whose side is a cell at least."
+    config = PRESETS["shapes"].but(**SMALL, **VARIANTS["told"])
+    model, targets = build_model(config, CLASSES), make_targets([3, 1], torch.float64, CLASSES)
+    nn.init.normal_(model.enc_bbox_embed.layers[-1].weight, std=0.1)
+    padding = torch.zeros(2, 64, 96, dtype=torch.bool)
+    padding[1, 48:], padding[1, :, 80:] = True, True
+    batch = Batch(torch.randn(IMAGES).masked_fill(padding[:, None], 0), padding,
+                  targets._replace(sizes=torch.tensor([[64, 96], [48, 80]])))
+    found, weight = _loss((maps := _ProposalReader(model).read(batch)), batch.targets)
+    expected, owners = 0, torch.arange(2).repeat_interleave(batch.targets.counts)
+    for cells, stride in zip(maps, (8, 16), strict=True):
+        said = [[] for _ in owners]
+        for image, row, column in product(range(2), range(64 // stride), range(96 // stride)):
+            place, (height, width) = row * (96 // stride) + column, batch.targets.sizes[image].tolist()
+            inside = {}
+            for box in (owners == image).nonzero()[:, 0].tolist():
+                x, y, w, h = (batch.targets.boxes[box] * torch.tensor([width, height, width, height])).tolist()
+                if 2 * abs((column + 0.5) * stride - x) <= max(w, stride) and 2 * abs(
+                        (row + 0.5) * stride - y) <= max(h, stride):
+                    inside[w * h] = box
+            logits, padded = cells.logits[image, place], row * stride >= height or column * stride >= width
+            probabilities = torch.cat([logits[:-1], torch.zeros(1)]).log_softmax(-1)
+            if not inside:
+                expected -= 0 if padded else (stride / 16) ** 2 / 2 * 0.3 * probabilities[-1]
+                continue
+            box = inside[min(inside)]
+            said[box].append(torch.cat([logits[:-1], torch.zeros(1)]))
+            truth, ours = batch.targets.boxes[box], cells.boxes[image, place].sigmoid()
+            overlap = generalized_box_iou(*(box_convert(b[None], "cxcywh", "xyxy") for b in (truth, ours)))[0, 0]
+            expected += (stride / 16) ** 2 / 2 * (2.5 * (truth - ours).abs().sum() + 1 - overlap)
+            expected -= 0 if padded else (stride / 16) ** 2 / 2 * probabilities[batch.targets.labels[box]]
+        for label, mine in zip(batch.targets.labels, said):
+            if mine:
+                expected -= (stride / 16) ** 2 / 2 * 3 * torch.stack(mine).mean(0).log_softmax(-1)[label]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+    assert 0 < weight < 2 * 24
+
+
+def test_a_lesson_of_proposals_goes_on_and_begins_behind_one_of_cells(here, tmp_path):  # noqa: F811
+    shapes = write_shapes(tmp_path / "shapes", num_train=16, num_val=4, num_workers=1)
+    few = [*SMALL_RUN, "--shapes_path", shapes, "--epochs", 1, "--batch_size", 8, "--num_threads", 1]
+    here(*few, *flags_of("told"), "--pretrain_epochs", 2, "--output_dir", tmp_path / "whole")
+    here(*few, *flags_of("told"), "--pretrain_epochs", 2, "--output_dir", tmp_path / "again",
+         "--resume", tmp_path / "whole/backbone.pth")
+    whole, again = (steps(tmp_path / name) for name in ("whole", "again"))
+    assert len(whole) == 6 and [line["loss"] for line in whole[4:]] == [line["loss"] for line in again]
+    here(*few, "--pretrain_epochs", 2, "--output_dir", tmp_path / "cells")
+    here(*few, *flags_of("told"), "--pretrain_epochs", 2, "--output_dir", tmp_path / "behind",
+         "--resume", tmp_path / "cells/backbone.pth")
+    known = load_checkpoint(tmp_path / "cells/backbone.pth")["model"]
+    assert "class_embed.weight" in known and len(steps(tmp_path / "behind")) == 2
 
 
 @pytest.mark.parametrize("kind", ["conditional", "dab"])
