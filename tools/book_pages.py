@@ -7,7 +7,9 @@ from pathlib import Path
 
 from docutils import nodes
 from latex2mathml.converter import convert
+from PIL import Image
 
+BARE = r'(<figure[^>]*>\s*)(<img [^>]*src="(_images/[^"]+\.(?:jpg|png))") />'  # pictures of one pixel per pixel
 OTHERS_SCRIPTS = re.compile(r"thebe|mathjax", re.IGNORECASE)  # they ask other servers, and declare a constant twice
 PARAMETERS = r"(?s)<dl>((?:\s*<dd>(?:(?!</?d[dl]>).)*</dd>)+)\s*</dl>"  # a signature of many lines
 MENDS = (
@@ -50,8 +52,15 @@ def leave_out_scripts(app, pagename, templatename, context, doctree) -> None:
 
 def mend_pages(app, error) -> None:
     "Put right what the theme's templates and docutils write."
+    def with_its_width(found: re.Match) -> str:
+        "By its width the style sheet knows whether a picture scrolls on a phone; as a link keys reach it."
+        with Image.open(Path(app.outdir, found[3])) as picture:
+            width, height = picture.size
+        style = f'style="width: {width}px; height: {height}px;"'
+        return f'{found[1]}<a class="reference internal image-reference" href="{found[3]}">{found[2]} {style} /></a>'
+
     for path in [] if error else Path(app.outdir).glob("*.html"):
-        page = path.read_text(encoding="utf-8")
+        page = re.sub(BARE, with_its_width, path.read_text(encoding="utf-8"))
         for wrong, right in MENDS:
             page = re.sub(wrong, right, page)
         path.write_text(page, encoding="utf-8")
