@@ -56,7 +56,7 @@ class ModelConfig:
     # its norm: as it was trained, or learning over batches, or over groups of channels (paper: frozen)
     backbone_norm: Literal["frozen", "batch", "group"] = "frozen"
     pretrained: bool = True  # start the backbone from ImageNet weights (paper: yes)
-    # epochs in which the backbone alone learns what its cells show, before the training; for random weights (paper: 0)
+    # epochs in which cells learn alone what they show, before the training; for random weights (paper: 0)
     pretrain_epochs: int = 0
     dilation: bool = False  # DC5: twice the resolution of the last feature map (paper: in DETR-DC5)
     position_embedding: Literal["sine", "learned"] = "sine"  # how a cell knows its place (paper: sine)
@@ -237,12 +237,13 @@ PRESETS["dino"] = PRESETS["dab"].but(
     decoder="dab_deformable", num_feature_levels=4, two_stage=True, denoising=100, num_queries=900, dropout=0.0,
     cls_loss_coef=1, lr_linear_proj_mult=1.0, epochs=12, lr_drop=11)
 PRESETS["shapes_dino"] = PRESETS["shapes"].but(
-    epochs=7, pretrain_epochs=10, enc_layers=1, decoder="dab", box_bias="rpb", two_stage=True, denoising=16,
+    lr=1.5e-3, lr_backbone=1.5e-3, lr_muon=0.02, lr_linear_proj_mult=1.0, epochs=7, pretrain_epochs=10, enc_layers=0,
+    decoder="dab_deformable", num_feature_levels=2, two_stage=True, embed_init_tgt=False, denoising=8,
     class_loss="ia_bce", repeat_proposals=4, set_cost_class=2, cls_loss_coef=2, bbox_loss_coef=5, giou_loss_coef=2,
 )  # the embedded set with half of the steps
 PRESETS["photos"] = PRESETS["shapes_dino"].but(
     backbone="timm/tf_efficientnet_lite0@16", backbone_norm="frozen", pretrained=True, pretrain_epochs=0,
-    keep_classes=True, batch_size=4, lr=3e-4, lr_backbone=2e-4, image_size=240, num_queries=60, denoising=30,
+    keep_classes=True, batch_size=4, lr=3e-4, lr_backbone=2e-4, lr_muon=0.007, image_size=240, num_queries=60, denoising=30,
     epochs=20, warmup_steps=40, group_by_shape=False,
 )
 _SHAPES_MASKS = dict(lr_masks=2e-3, lr_muon=0.005, warmup_steps=100, epochs=9, panoptic_threshold=0.35)

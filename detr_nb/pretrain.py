@@ -158,7 +158,7 @@ def _reader(run: Run) -> nn.Module:
 
 
 def pretrain_backbone(run: Run) -> None:
-    "Let the backbone learn alone what its cells show and where that ends; goes on where `backbone.pth` is resumed."
+    "Let cells learn what they show and where that ends, with no decoder; goes on where `backbone.pth` is resumed."
     gentle = 3e-4 if run.config.model.pretrained else 3e-3  # for what ImageNet taught
     config = run.config.but(epochs=run.config.model.pretrain_epochs, lr=3e-3, lr_backbone=gentle, lr_muon=0.05,
                             warmup_steps=50, schedule="cosine")
@@ -179,7 +179,7 @@ def pretrain_backbone(run: Run) -> None:
             stage.optimizer.step()
             stage.optimizer.zero_grad()
             log_step(stage, {"loss": loss.detach()}, stage="backbone", step=stage.step)
-        _logger.info("the backbone alone, epoch %d: loss %.3f", stage.epoch, stage.averages.compute()["loss"])
+        _logger.info("the lesson, epoch %d: loss %.3f", stage.epoch, stage.averages.compute()["loss"])
         stage.epoch, stage.batch = stage.epoch + 1, 0
         save_or_warn(stage)
 
