@@ -243,8 +243,8 @@ PRESETS["shapes_dino"] = PRESETS["shapes"].but(
 )  # the embedded set with half of the steps
 PRESETS["photos"] = PRESETS["shapes_dino"].but(
     backbone="timm/tf_efficientnet_lite0@16", backbone_norm="frozen", pretrained=True, pretrain_epochs=0,
-    keep_classes=True, batch_size=4, lr=3e-4, lr_backbone=2e-4, lr_muon=0.007, image_size=240, num_queries=60, denoising=30,
-    epochs=20, warmup_steps=40, group_by_shape=False,
+    keep_classes=True, batch_size=4, lr=3e-4, lr_backbone=2e-4, lr_muon=0.007, image_size=240, num_queries=60,
+    denoising=30, epochs=20, warmup_steps=40, group_by_shape=False,
 )
 _SHAPES_MASKS = dict(lr_masks=2e-3, lr_muon=0.005, warmup_steps=100, epochs=9, panoptic_threshold=0.35)
 _SHAPES_MASK_HEAD = dict(lr_masks=2e-3, warmup_steps=45, epochs=3)  # alone, the detector is frozen

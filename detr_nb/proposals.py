@@ -13,8 +13,8 @@ from .detr import MLP, Predictions, in_full_precision
 from .nearby import NearbyDETR, cell_centres
 
 # %% ../nbs/44_proposals.ipynb #10d3aca3
-class ProposalDETR(NearbyDETR):
-    "A `NearbyDETR` that takes its first boxes from the encoder, with `two_stage`: `--two_stage`."
+class _ProposingDETR(NearbyDETR):
+    "A `NearbyDETR` whose cells say what they see, with `two_stage`."
     side = 0.2  # of the box that a cell proposes before anything is learned, as a share of the image
 
     def __init__(self, *parts: nn.Module, two_stage: bool = False, embed_init_tgt: bool = True, **settings):
@@ -56,6 +56,11 @@ class ProposalDETR(NearbyDETR):
         centres = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1).flatten(1, 2)
         boxes = torch.cat([centres, torch.full_like(centres, self.side)], dim=-1)
         return boxes, None if padding is None else padding.flatten(1)
+
+
+# %% ../nbs/44_proposals.ipynb #efa9eaa6
+class ProposalDETR(_ProposingDETR):
+    "A `NearbyDETR` that takes its first boxes from the encoder, with `two_stage`: `--two_stage`."
 
     def begin(
         self, memory: Float[Tensor, "B S D"], projected: Float[Tensor, "B D h w"], padding: Bool[Tensor, "B h w"] | None

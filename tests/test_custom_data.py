@@ -340,7 +340,7 @@ def test_the_shapes_checkpoint_lends_photographs_its_transformer(run, export, tm
     assert (found.model.decoder, found.model.two_stage, found.loss.class_loss) == ("detr", False, "ce")  # as it learned
     (tmp_path / "runs/shapes/best.pth").unlink()
     alone = read_command_line(["photos", "--coco_path", str(export)], choose)[0]
-    assert (alone.model.decoder, alone.model.denoising, alone.loss.class_loss) == ("dab", 30, "ia_bce")
+    assert (alone.model.decoder, alone.model.denoising, alone.loss.class_loss) == ("dab_deformable", 30, "ia_bce")
 
 
 def test_presets_for_a_set_of_one_s_own_ask_for_one():
