@@ -136,8 +136,6 @@ def _load_imagenet(body: nn.Module, name: str) -> None:
                            f"put the file into {file.parent}, or start from random weights: pretrained=False "
                            "(--no_pretrained), best with norm='group'.") from error
 
-
-
 # %% ../nbs/10_backbone.ipynb #ec7e0cf6
 class Features(NamedTuple):
     "What a backbone makes of a batch of images."

@@ -100,8 +100,6 @@ class _Map(NamedTuple):
         total = total + together * _loss_of_objects(self.logits[image, cell], whose, targets.labels)
         return total + l1 * edges.sum() + giou * overlaps.sum(), weight.sum()
 
-
-
 # %% ../nbs/31_pretrain.ipynb #b1f3ea90
 class _CellReader(nn.Module):
     "A backbone, and two linear layers: what each cell shows, and the box of the object that it is a part of."
@@ -145,8 +143,6 @@ def _loss(maps: list[_Map], targets: Targets) -> tuple[Float[Tensor, ""], Float[
     losses, weights = zip(*(seen.loss(targets) for seen in maps))
     shares = [(seen.stride / maps[-1].stride) ** 2 / len(maps) for seen in maps]
     return sum(share * loss for share, loss in zip(shares, losses)), weights[-1]
-
-
 
 # %% ../nbs/31_pretrain.ipynb #6a0e100b
 def _reader(run: Run) -> nn.Module:

@@ -57,7 +57,6 @@ class _ProposingDETR(NearbyDETR):
         boxes = torch.cat([centres, torch.full_like(centres, self.side)], dim=-1)
         return boxes, None if padding is None else padding.flatten(1)
 
-
 # %% ../nbs/44_proposals.ipynb #efa9eaa6
 class ProposalDETR(_ProposingDETR):
     "A `NearbyDETR` that takes its first boxes from the encoder, with `two_stage`: `--two_stage`."
