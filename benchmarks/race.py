@@ -4,7 +4,7 @@
     python benchmarks/race.py --epochs 1 --limit_val 250 # the short form
     python benchmarks/race.py --only "DETR" --seeds 1 2  # some of them, several seeds
 
-All variants but the one with a lesson of its own begin with the same backbone, which has learned its cells once, and
+All variants but those with a lesson of their own begin with the same backbone, which has learned its cells once; all
 see the same images in the same order.
 """
 import argparse
@@ -27,7 +27,8 @@ STAGES = f"{SIGMOID} --two_stage --repeat_proposals 4"
 PROPOSALS = f"--decoder dab --box_bias rpb {STAGES}"
 POINTS = (f"{STAGES} --decoder dab_deformable --num_feature_levels 2 --lr_linear_proj_mult 1 --enc_layers 0 "
           "--denoising 8")
-TOLD, FASTER = f"{POINTS} --no_embed_init_tgt", "--lr 1.5e-3 --lr_backbone 1.5e-3 --lr_muon 0.02"
+TOLD = f"{POINTS} --no_embed_init_tgt"
+OWN_LESSON, FASTER = "--pretrain_epochs 5", "--lr 1.5e-3 --lr_backbone 1.5e-3 --lr_muon 0.02"
 VARIANTS = {  # each adds one idea to the one before
     "DETR": "",
     "anchors": "--decoder dab",
@@ -37,17 +38,17 @@ VARIANTS = {  # each adds one idea to the one before
     "and denoising": f"{PROPOSALS} --denoising 16",
     "points of two maps, no encoder": POINTS,  # in place of the bias
     "and told what cells show": TOLD,
-    "and a lesson of its own": TOLD,  # of as many epochs, in place of the backbone's
-    "its own lesson, three times the rates": f"{TOLD} {FASTER}",
+    "and a lesson of its own": f"{TOLD} {OWN_LESSON}",  # in place of the backbone's
+    "its own lesson, three times the rates": f"{TOLD} {OWN_LESSON} {FASTER}",
     "DETR, three times the rates": FASTER,
     "anchors to proposals, three groups": f"{PROPOSALS} --query_groups 3",  # beside denoising
 }
 
 
-def run(flags: str, folder: Path, backbone: Path | None, options: argparse.Namespace, seed: int) -> list[dict]:
+def run(flags: str, folder: Path, options: argparse.Namespace, seed: int) -> list[dict]:
     "Train one variant; returns steps and scores of each evaluation, and the processor's seconds for the whole run."
-    command = [sys.executable, "-m", "detr_nb.train", *flags.split(), "--output_dir", folder,
-               *(["--resume", backbone] if backbone else []),
+    begins = [] if OWN_LESSON in flags else ["--resume", options.backbone]
+    command = [sys.executable, "-m", "detr_nb.train", *flags.split(), *begins, "--output_dir", folder,
                "--epochs", options.epochs, "--eval_every", 1, "--limit_val", options.limit_val, "--seed", seed,
                "--report_to", "none", "--shapes_path", options.shapes_path]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -78,10 +79,9 @@ def main() -> None:
     found = {"date": str(date.today()), "torch": version("torch"), "threads": torch.get_num_threads(),
              "epochs": options.epochs, "validation_images": options.limit_val or 500, "runs": {}}
     for name in options.only:
-        backbone = None if "lesson" in name else options.backbone
         for seed in options.seeds:
             folder = options.folder / f"{name.replace(', ', '_').replace(' ', '_')}_{seed}"
-            found["runs"].setdefault(name, []).append(run(VARIANTS[name], folder, backbone, options, seed))
+            found["runs"].setdefault(name, []).append(run(VARIANTS[name], folder, options, seed))
             options.output.write_text(json.dumps(found, indent=1) + "\n")
             print(f"{name}, seed {seed}: AP {found['runs'][name][-1][-1]['AP']:.3f}", flush=True)
 

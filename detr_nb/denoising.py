@@ -123,9 +123,8 @@ class DenoisingDETR(ProposalDETR):
         labels = noised_labels(known.labels[copied], self.num_classes, self.label_noise / (1 + self.contrastive))
         boxes = noised_boxes(known.boxes[copied], self.box_noise, negative if self.contrastive else None)
         said = F.pad(self.label_embed(labels), (0, 1), value=1.0)  # the last number: that this is a copy
-        content = first.extra.get("content", said.new_zeros(1, 1))
-        content = content.expand(*content.shape[:-2], first.queries.shape[-2], said.shape[-1])
-        anchors, content = (torch.cat([x, y.expand(len(memory), -1, -1)], dim=1) for x, y in (
+        content, places = first.extra.get("content", said.new_zeros(1, said.shape[-1])), first.queries.shape[-2]
+        anchors, content = (torch.cat([x, y.expand(len(memory), places, -1)], dim=1) for x, y in (
             (boxes.clamp(0.01, 0.99).logit(), first.queries), (said, content)))
         heard = who_hears_whom(group, first.groups, self.num_queries)
         return Beginning(anchors, first.groups, first.extra | {"content": content, "heard": heard}, first.proposals,

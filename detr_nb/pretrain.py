@@ -130,8 +130,10 @@ class _ProposalReader(nn.Module):
 
     def read(self, batch: Batch) -> list[_Map]:
         "What the cells of each map say; beside the logits of their classes nothing has a logit of zero."
-        logits, boxes, maps, paddings = self.detr.cells(batch.images, batch.padding)
-        maps, paddings = (x if isinstance(x, list) else [x] for x in (maps, paddings))
+        projected, hidden, _ = self.detr.read(batch.images, batch.padding)
+        memory = self.detr.transformer.encoder(*self.detr.lay_out(projected, hidden))
+        logits, boxes, _ = self.detr.propose(memory, projected, hidden)
+        maps, paddings = (x if isinstance(x, list) else [x] for x in (projected, hidden))
         strides = (*self.detr.backbone.strides[-min(len(maps), 3) :], 2 * self.detr.backbone.stride)
         sizes = [x.shape[-2:] for x in maps]
         parts = (x.split([height * width for height, width in sizes], dim=1) for x in (F.pad(logits, (0, 1)), boxes))
@@ -146,11 +148,10 @@ def _loss(maps: list[_Map], targets: Targets) -> tuple[Float[Tensor, ""], Float[
 
 # %% ../nbs/31_pretrain.ipynb #6a0e100b
 def _reader(run: Run) -> nn.Module:
-    "Who is asked: the detector's own proposals if it has any, unless other heads were when the lesson began."
-    began = run.config.run.resume if Path(run.config.run.resume).name == BACKBONE else ""
-    if run.config.model.two_stage and not (began and "class_embed.weight" in load_checkpoint(began)["model"]):
-        return _ProposalReader(run.detr)
-    return _CellReader(run.detr.backbone, run.detr.num_classes)
+    "Who is asked: the detector's own proposals if it has any, or had any where the lesson began."
+    began = run.config.run.resume
+    told = load_checkpoint(began)["config"] if Path(began).name == BACKBONE else run.config.flat()
+    return _ProposalReader(run.detr) if told["two_stage"] else _CellReader(run.detr.backbone, run.detr.num_classes)
 
 
 def pretrain_backbone(run: Run) -> None:

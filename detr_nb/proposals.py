@@ -13,8 +13,8 @@ from .detr import MLP, Predictions, in_full_precision
 from .nearby import NearbyDETR, cell_centres
 
 # %% ../nbs/44_proposals.ipynb #10d3aca3
-class _ProposingDETR(NearbyDETR):
-    "A `NearbyDETR` whose cells say what they see, with `two_stage`."
+class ProposalDETR(NearbyDETR):
+    "A `NearbyDETR` that takes its first boxes from the encoder, with `two_stage`: `--two_stage`."
     side = 0.2  # of the box that a cell proposes before anything is learned, as a share of the image
 
     def __init__(self, *parts: nn.Module, two_stage: bool = False, embed_init_tgt: bool = True, **settings):
@@ -22,8 +22,8 @@ class _ProposingDETR(NearbyDETR):
         self.two_stage, self.embed_init_tgt = two_stage, embed_init_tgt
         if two_stage:
             width, classes = self.transformer.decoder.width, self.class_embed.out_features
-            self.query_embed = nn.Embedding(self.query_embed.num_embeddings, width if embed_init_tgt else 0)
-            self.query_embed.requires_grad_(embed_init_tgt)  # else only their number counts
+            learned = nn.Embedding(self.query_embed.num_embeddings, width * embed_init_tgt)  # or no more than a number
+            self.query_embed = learned.requires_grad_(embed_init_tgt)
             self.enc_output, self.enc_output_norm = nn.Linear(width, width), nn.LayerNorm(width)
             self.enc_class_embed, self.enc_bbox_embed = nn.Linear(width, classes), MLP(width, width, 4)
             nn.init.constant_(self.enc_class_embed.bias, torch.tensor(0.01).logit())
@@ -40,14 +40,6 @@ class _ProposingDETR(NearbyDETR):
         boxes = start.clamp(0.01, 0.99).logit() + in_full_precision(self.enc_bbox_embed, tokens)
         return logits if silent is None else logits.masked_fill(silent[..., None], -20.0), boxes, tokens
 
-    def cells(
-        self, images: Float[Tensor, "B 3 H W"], padding: Bool[Tensor, "B H W"] | None = None
-    ) -> tuple:  # logits and boxes as `propose` gives them, maps and padding as `read` does
-        "What all cells say, without asking a query."
-        projected, hidden, _ = self.read(images, padding)
-        memory = self.transformer.encoder(*self.lay_out(projected, hidden))
-        return *self.propose(memory, projected, hidden)[:2], projected, hidden
-
     def start(
         self, projected: Float[Tensor, "B D h w"], padding: Bool[Tensor, "B h w"] | None
     ) -> tuple[Float[Tensor, "b S 4"], Bool[Tensor, "B S"] | None]:
@@ -57,10 +49,6 @@ class _ProposingDETR(NearbyDETR):
         boxes = torch.cat([centres, torch.full_like(centres, self.side)], dim=-1)
         return boxes, None if padding is None else padding.flatten(1)
 
-# %% ../nbs/44_proposals.ipynb #efa9eaa6
-class ProposalDETR(_ProposingDETR):
-    "A `NearbyDETR` that takes its first boxes from the encoder, with `two_stage`: `--two_stage`."
-
     def begin(
         self, memory: Float[Tensor, "B S D"], projected: Float[Tensor, "B D h w"], padding: Bool[Tensor, "B h w"] | None
     ) -> Beginning:
@@ -69,10 +57,8 @@ class ProposalDETR(_ProposingDETR):
         if not self.two_stage:
             return first
         logits, boxes, tokens = self.propose(memory, projected, padding)
-        surest = logits.detach().amax(-1).argsort(dim=1, descending=True)
-        place = torch.arange(self.num_queries, device=surest.device).clamp(max=surest.shape[1] - 1)
-        chosen = surest[:, place].repeat(1, first.groups)
+        place = torch.arange(self.num_queries, device=logits.device).clamp(max=logits.shape[1] - 1)
+        chosen = logits.detach().amax(-1).argsort(dim=1, descending=True)[:, place].repeat(1, first.groups)
         anchors, found = (x.detach().gather(1, chosen[..., None].expand(-1, -1, x.shape[-1])) for x in (boxes, tokens))
-        content = first.queries if self.embed_init_tgt else found
-        proposals = Predictions(logits[None], boxes.sigmoid()[None], sigmoid=True)
-        return Beginning(anchors, first.groups, first.extra | {"content": content}, proposals)
+        extra = first.extra | {"content": first.queries if self.embed_init_tgt else found}
+        return Beginning(anchors, first.groups, extra, Predictions(logits[None], boxes.sigmoid()[None], sigmoid=True))
