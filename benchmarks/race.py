@@ -28,7 +28,7 @@ PROPOSALS = f"--decoder dab --box_bias rpb {STAGES}"
 POINTS = (f"{STAGES} --decoder dab_deformable --num_feature_levels 2 --lr_linear_proj_mult 1 --enc_layers 0 "
           "--denoising 8")
 TOLD = f"{POINTS} --no_embed_init_tgt"
-OWN_LESSON, FASTER = "--pretrain_epochs 5", "--lr 1.5e-3 --lr_backbone 1.5e-3 --lr_muon 0.02"
+OWN_LESSON, FASTER = "--pretrain_epochs", "--lr 1.5e-3 --lr_backbone 1.5e-3 --lr_muon 0.02"
 VARIANTS = {  # each adds one idea to the one before
     "DETR": "",
     "anchors": "--decoder dab",
@@ -38,8 +38,10 @@ VARIANTS = {  # each adds one idea to the one before
     "and denoising": f"{PROPOSALS} --denoising 16",
     "points of two maps, no encoder": POINTS,  # in place of the bias
     "and told what cells show": TOLD,
-    "and a lesson of its own": f"{TOLD} {OWN_LESSON}",  # in place of the backbone's
-    "its own lesson, three times the rates": f"{TOLD} {OWN_LESSON} {FASTER}",
+    "and a lesson of its own": f"{TOLD} {OWN_LESSON} 5",  # in place of the backbone's
+    "its own lesson, three times the rates": f"{TOLD} {OWN_LESSON} 5 {FASTER}",
+    # about the work of five epochs of full images
+    "and images that begin small": f"{TOLD} {OWN_LESSON} 8 {FASTER} --progressive_resize --schedule wsd",
     "DETR, three times the rates": FASTER,
     "anchors to proposals, three groups": f"{PROPOSALS} --query_groups 3",  # beside denoising
 }

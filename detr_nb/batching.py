@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -122,6 +123,20 @@ class Batch(NamedTuple):
         padding = None if self.padding is None else self.padding.to(device, non_blocking=non_blocking)
         images = self.images.to(device, non_blocking=non_blocking)
         return Batch(images, padding, self.targets.to(device, non_blocking))
+
+    def shrunk(
+        self, side: float,  # the share of its sides that a canvas keeps, up to the next multiple of 16 pixels
+    ) -> "Batch":
+        "The same batch of smaller images; boxes are shares of an image and stay what they are."
+        if side == 1:
+            return self
+        before = torch.tensor(self.images.shape[-2:])
+        size = ((before * side / 16).round().clamp(min=1) * 16).long()
+        images = F.interpolate(self.images, size.tolist(), mode="bilinear", antialias=True)
+        padding, masks = (None if x is None else F.interpolate(x[:, None].float(), size.tolist())[:, 0] > 0.5
+                          for x in (self.padding, self.targets.masks))
+        sizes = (self.targets.sizes * (size / before).to(self.images.device)).round().long().clamp(min=1)
+        return Batch(images, padding, self.targets._replace(sizes=sizes, masks=masks))
 
 # %% ../nbs/09_batching.ipynb #64a92617
 @contextmanager

@@ -125,12 +125,15 @@ class OptimizerConfig:
     weight_decay: float = 1e-4  # share of a weight taken off at each step, times the rate (paper: 1e-4)
     clip_max_norm: float = 0.1  # largest norm of the whole gradient; 0: no clipping (paper: 0.1)
     epochs: int = 300  # times through the training images (paper: 300, and 500)
-    # step: a tenth after every lr_drop epochs; cosine: to zero at the last step (paper: step)
-    schedule: Literal["step", "cosine"] = "step"
+    # step: a tenth after every lr_drop epochs; cosine: to zero at the last step; wsd: the full rate, and down to zero
+    # in the last third (paper: step)
+    schedule: Literal["step", "cosine", "wsd"] = "step"
     lr_drop: int = 200  # epochs between two drops (paper: 200, and 400)
     warmup_steps: int = 0  # steps over which the rate rises from zero (paper: 0)
     batch_size: int = 2  # images per process and step (paper: 4 on each of 16 GPUs)
     group_by_shape: bool = False  # batches of images of like shape, which pad less (paper: no)
+    # smaller images at first: by thirds 0.5, 0.7 and 1 of their sides in the backbone's lesson, then 0.7, 0.7 and 1
+    progressive_resize: bool = False
     accumulate: int = 1  # batches summed into one step (paper: 1)
     # share that a running mean of the weights keeps at each step, as 0.9998; what is scored is the mean; 0: none
     ema: float = 0.0
@@ -237,14 +240,15 @@ PRESETS["dino"] = PRESETS["dab"].but(
     decoder="dab_deformable", num_feature_levels=4, two_stage=True, denoising=100, num_queries=900, dropout=0.0,
     cls_loss_coef=1, lr_linear_proj_mult=1.0, epochs=12, lr_drop=11)
 PRESETS["shapes_dino"] = PRESETS["shapes"].but(
-    lr=1.5e-3, lr_backbone=1.5e-3, lr_muon=0.02, lr_linear_proj_mult=1.0, epochs=7, pretrain_epochs=10, enc_layers=0,
-    decoder="dab_deformable", num_feature_levels=2, two_stage=True, embed_init_tgt=False, denoising=8,
-    class_loss="ia_bce", repeat_proposals=4, set_cost_class=2, cls_loss_coef=2, bbox_loss_coef=5, giou_loss_coef=2,
+    lr=1.5e-3, lr_backbone=1.5e-3, lr_muon=0.02, lr_linear_proj_mult=1.0, epochs=7, pretrain_epochs=18, schedule="wsd",
+    progressive_resize=True, enc_layers=0, decoder="dab_deformable", num_feature_levels=2, two_stage=True,
+    embed_init_tgt=False, denoising=8, class_loss="ia_bce", repeat_proposals=4, set_cost_class=2, cls_loss_coef=2,
+    bbox_loss_coef=5, giou_loss_coef=2,
 )  # the embedded set with half of the steps
 PRESETS["photos"] = PRESETS["shapes_dino"].but(
     backbone="timm/tf_efficientnet_lite0@16", backbone_norm="frozen", pretrained=True, pretrain_epochs=0,
     keep_classes=True, batch_size=4, lr=3e-4, lr_backbone=2e-4, lr_muon=0.007, image_size=240, num_queries=60,
-    denoising=30, epochs=20, warmup_steps=40, group_by_shape=False,
+    denoising=30, epochs=20, warmup_steps=40, group_by_shape=False, schedule="cosine", progressive_resize=False,
 )
 _SHAPES_MASKS = dict(lr_masks=2e-3, lr_muon=0.005, warmup_steps=100, epochs=9, panoptic_threshold=0.35)
 _SHAPES_MASK_HEAD = dict(lr_masks=2e-3, warmup_steps=45, epochs=3)  # alone, the detector is frozen

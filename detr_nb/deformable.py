@@ -107,6 +107,7 @@ class _ManyMaps(ProposalDETR):
         self.position_encoding.shift = 0.5
         self.input_proj = _projections(self.backbone, num_feature_levels, width)
         self.level_embed = nn.Parameter(torch.randn(num_feature_levels, width))
+        self.level_embed.requires_grad_(len(self.transformer.encoder.layers) > 0)  # which alone listens to addresses
         for layer in (*self.transformer.encoder.layers, *self.transformer.decoder.layers):
             look = "multihead_attn" if isinstance(layer, DecoderLayer) else "self_attn"
             setattr(layer, look, DeformableAttention(width, layer.self_attn.heads, num_feature_levels))

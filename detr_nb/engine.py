@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['check_settings', 'preprocessing', 'choose_transform', 'build_model', 'build_criterion', 'Muon', 'build_optimizer',
-           'rate_factor', 'set_rates', 'averaged_weights', 'Averages', 'NotFinite', 'train_step', 'batch_losses',
-           'first_non_finite']
+           'rate_factor', 'side_factor', 'set_rates', 'averaged_weights', 'Averages', 'NotFinite', 'train_step',
+           'batch_losses', 'first_non_finite']
 
 # %% ../nbs/28_engine.ipynb #7481d5c5
 import math
@@ -248,10 +248,23 @@ def rate_factor(
 ) -> float:
     "What the base rates are multiplied by: a function of the step alone, so a resumed run needs no state for it."
     warmup = min(1.0, (step + 1) / max(config.optimizer.warmup_steps, 1))
-    if config.optimizer.schedule == "cosine":
-        done = step / max(config.optimizer.epochs * steps_per_epoch, 1)
-        return warmup * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+    done = min(step / max(config.optimizer.epochs * steps_per_epoch, 1), 1.0)
+    match config.optimizer.schedule:
+        case "cosine":
+            return warmup * (1 + math.cos(math.pi * done)) / 2
+        case "wsd":  # warm-up, stable, decay (Hu et al. 2024)
+            return warmup * min(3 * (1 - done), 1.0)
     return warmup * 0.1 ** (step // steps_per_epoch // config.optimizer.lr_drop)
+
+
+def side_factor(
+    epoch: int,  # epochs done
+    config: Config,
+    sides: tuple[float, float, float] = (0.7, 0.7, 1.0),  # shares, in the first, second and last third of the epochs
+) -> float:
+    "The share of their sides that images keep with `--progressive_resize`, a function of the epoch alone."
+    third = min(3 * epoch // max(config.optimizer.epochs, 1), 2)
+    return sides[third] if config.optimizer.progressive_resize else 1.0
 
 # %% ../nbs/28_engine.ipynb #21a52d8b
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> list[float]:

@@ -19,7 +19,7 @@ from .checkpoints import load_checkpoint
 from .criterion import box_losses
 from .detr import at_least_float32
 from .distributed import get_logger, reduce_mean
-from .engine import Averages, build_optimizer, rate_factor, set_rates
+from .engine import Averages, build_optimizer, rate_factor, set_rates, side_factor
 from .matcher import Matches, image_of_target
 from .runs import BACKBONE, Run, log_step, resume, save_or_warn, steps_of_epoch
 
@@ -158,7 +158,7 @@ def pretrain_backbone(run: Run) -> None:
     "Let cells learn what they show and where that ends, with no decoder; goes on where `backbone.pth` is resumed."
     gentle = 3e-4 if run.config.model.pretrained else 3e-3  # for what ImageNet taught
     config = run.config.but(epochs=run.config.model.pretrain_epochs, lr=3e-3, lr_backbone=gentle, lr_muon=0.05,
-                            warmup_steps=50, schedule="cosine")
+                            warmup_steps=50, schedule="wsd" if run.config.optimizer.progressive_resize else "cosine")
     reader = _reader(run).to(run.process.device).train()
     stage = replace(run, model=reader, optimizer=build_optimizer(reader, config), checkpoint=BACKBONE,
                     accumulate=1, first_order=run.config.optimizer.epochs, averages=Averages(), recent=deque(maxlen=20),
@@ -169,6 +169,7 @@ def pretrain_backbone(run: Run) -> None:
     while stage.epoch < last:
         for (batch,) in steps_of_epoch(stage):
             set_rates(stage.optimizer, rate_factor(stage.step, stage.steps_per_epoch, config))
+            batch = batch.shrunk(side_factor(stage.epoch, config, sides=(0.5, 0.7, 1.0)))
             total, weight = _loss(reader.read(batch), batch.targets)
             loss = total / reduce_mean(weight)
             loss.backward()

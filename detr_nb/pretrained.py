@@ -5,6 +5,7 @@ __all__ = ['COCO_NAMES', 'Preprocessing', 'LoadedDetector', 'load_detector', 'no
            'transfer_weights']
 
 # %% ../nbs/22_pretrained.ipynb #22000003
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -143,6 +144,7 @@ class Report(NamedTuple):
 
 # %% ../nbs/22_pretrained.ipynb #23d25859
 _CLASS_HEAD = ("class_embed.weight", "class_embed.bias")
+_OF_CLASSES = re.compile(r"class_embed\.|^label_embed\.")  # tensors with a row for each class
 
 
 def _class_rows(
@@ -191,8 +193,8 @@ def _take_queries(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[st
     if name not in theirs:
         return {}
     rows = min(len(ours[name]), len(theirs[name]))
-    if len(ours[name]) == len(theirs[name]) or ours[name].shape[1] != theirs[name].shape[1]:
-        return {}
+    if len(ours[name]) == len(theirs[name]) or ours[name].shape[1] != theirs[name].shape[1] or not ours[name].numel():
+        return {}  # all are taken, or none
     ours[name][:rows] = theirs[name][:rows]
     anew = f", rows {rows} to {len(ours[name]) - 1} anew" if rows < len(ours[name]) else ""
     return {name: f"{tuple(ours[name].shape)}: the first {rows} of the checkpoint's {len(theirs[name])} rows{anew}"}
@@ -204,21 +206,21 @@ def _take_classes(
     contents: Contents,
     names: Sequence[str],  # of our classes
 ) -> dict[str, str]:
-    "Copy the class head's rows of shared names; returns what was taken of which tensor. Raises `CheckpointError`."
+    "Copy the rows of shared names; returns what was taken of which tensor. Raises `CheckpointError`."
     if missing := [name for name in _CLASS_HEAD if name not in theirs]:
         raise CheckpointError(f"{contents.name} has no {' and '.join(missing)}: leave keep_classes out")
     known = _class_names(contents, known_architecture(contents)["num_classes"])
     if known is None:
         raise CheckpointError(f"{contents.name} does not name its classes: leave keep_classes out")
-    if ours["class_embed.weight"].shape[1] != theirs["class_embed.weight"].shape[1]:
-        return {}
-    rows, sizes = _class_rows(known, names), [len(side["class_embed.bias"]) for side in (ours, theirs)]
-    rows = {own: row for own, row in rows.items() if own < sizes[0] and row < sizes[1]}  # not all have no-object
-    for name in _CLASS_HEAD:
-        ours[name][list(rows)] = theirs[name][list(rows.values())].to(ours[name])
-    shared = ", ".join([*names, "no-object"][row] for row in rows)
-    anew = ", the others anew" if len(rows) < sizes[0] else ""
-    return {name: f"{tuple(ours[name].shape)}: the rows of {shared}{anew}" for name in _CLASS_HEAD}
+    taken, rows = {}, _class_rows(known, names)
+    for name in (name for name in ours if name in theirs and _OF_CLASSES.search(name)):
+        new, old = ours[name], theirs[name]
+        both = {row: there for row, there in rows.items() if row < len(new) and there < len(old)}  # no-object may lack
+        if both and new.shape[1:] == old.shape[1:]:
+            new[list(both)] = old[list(both.values())].to(new)
+            shared = ", ".join([*names, "no-object"][row] for row in both)
+            taken[name] = f"{tuple(new.shape)}: the rows of {shared}{', the others anew' * (len(both) < len(new))}"
+    return taken
 
 # %% ../nbs/22_pretrained.ipynb #a9384a4a
 @torch.no_grad()
@@ -226,16 +228,15 @@ def transfer_weights(
     model: DETR,  # freshly built; what does not fit stays as it is
     source: str | Path | Mapping,  # as in `load_detector`
     names: Sequence[str],  # of the model's classes
-    keep_classes: bool = False,  # take the class head's rows of classes that both have, and of no-object
+    keep_classes: bool = False,  # take the rows of classes that both have, and of no-object
 ) -> Report:
     "Load all that fits by name and shape into a model for other classes; raises `CheckpointError`."
     if len(names) != model.num_classes:
         raise UserError(f"{len(names)} class names for a model of {model.num_classes} classes")
     contents = read_source(source)
     known, built = known_architecture(contents), architecture(model)
-    differences, kept = settings_changed(known, built), _CLASS_HEAD
-    if "backbone" in differences:  # parts of one network are of no use in another
-        kept = (*kept, "backbone.")
+    differences = settings_changed(known, built)
+    other = "backbone." if "backbone" in differences else ()  # parts of one network are of no use in another
     for key in ("num_classes", "num_queries", "dropout"):  # seen below, or of no weight
         differences.pop(key, None)
     there, here = (
@@ -243,7 +244,7 @@ def transfer_weights(
         for side in (our_tensors(contents), model.state_dict())
     )
     whole = [name for name in here if name in there and there[name].shape == here[name].shape]
-    whole = [name for name in whole if not name.startswith(kept)]
+    whole = [name for name in whole if not _OF_CLASSES.search(name) and not name.startswith(other)]
     for name in whole:
         here[name].copy_(there[name])
     partly = _take_queries(here, there) | (_take_classes(here, there, contents, names) if keep_classes else {})

@@ -33,7 +33,8 @@ from .detr import DETR
 from .distributed import Process, UserError, get_logger, is_main, stage, start, stop, user_errors
 from detr_nb.engine import (
     NotFinite, averaged_weights, batch_losses, build_criterion, build_model, build_optimizer, check_settings,
-    first_non_finite, preprocessing, rate_factor, set_rates, train_step,
+    first_non_finite, preprocessing, rate_factor, set_rates, side_factor,
+    train_step,
 )
 from .evaluation import evaluate
 from .finetune import choose
@@ -295,6 +296,7 @@ def train(config: Config) -> Path:
             for batches in steps_of_epoch(run):
                 _look_if_due(run)
                 rates = set_rates(run.optimizer, rate_factor(run.step, run.steps_per_epoch, config))
+                batches = [batch.shrunk(side_factor(run.epoch, config)) for batch in batches]
                 try:
                     losses, norm = train_step(run.model, run.criterion, run.optimizer, run.accelerator, batches, config)
                 except FloatingPointError as error:

@@ -91,6 +91,8 @@ COMPONENTS = {
     "deformable attention": Component("absolute", {"float64": 1e-10}, ("plain torch",)),
     "groups, pairs that differ": Component("absolute", {"float64": 0}, ("transformers",)),
     "groups, losses": Component("relative", {"float64": 1e-10}, ("plain torch",)),
+    "repeated targets, losses": Component("relative", {"float64": 1e-10}),
+    "repeated targets, gradients": Component("relative", {"float64": 1e-10}, ("transformers",)),
     "box_bias, attention": Component("absolute", {"float64": 1e-10}, ("plain torch",)),
     "denoising, labels and boxes": Component("absolute", {"float64": 1e-10}, ("transformers", "plain torch")),
     "denoising, mask and places": Component("absolute", {"float64": 0}, ("transformers",)),

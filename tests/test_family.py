@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou
 
 from detr_nb.annotations import Categories
-from detr_nb.backbone import Features
+from detr_nb.backbone import Features, SmallBackbone
 from detr_nb.batching import Batch
 from detr_nb.checkpoints import CheckpointError, load_checkpoint
 from detr_nb.config import PRESETS
@@ -245,7 +245,7 @@ def overlap_of(a: Tensor, b: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name, power", [("ia_bce", 2), ("mal", 1.5)])
-def test_repeated_targets_are_a_plain_loop_over_layers_objects_and_answers(in_float64, name, power):
+def test_repeated_targets_are_a_plain_loop_over_layers_objects_and_answers(ledger, in_float64, name, power):
     "Two of the three layers have two answers for an object, of which the worse counts exp(-1 / 1.5)."
     targets, predictions = make_targets([3, 0, 2], torch.float64, CLASSES), random_answers(layers=3)
     predictions = predictions._replace(logits=torch.cat([predictions.logits, predictions.logits[:, :1] + 1], 1),
@@ -282,11 +282,11 @@ def test_repeated_targets_are_a_plain_loop_over_layers_objects_and_answers(in_fl
             there = label == wanted_label
             classes -= wanted * x.log() + (1 - wanted) * (1 - x).log() if there else x**power * (1 - x).log()
             distance += weight * (boxes[image, query] - targets.boxes[number]).abs().sum() if there else 0
-        torch.testing.assert_close(losses[f"loss_ce_{layer}"], classes / 5, rtol=1e-10, atol=0)
-        torch.testing.assert_close(losses[f"loss_bbox_{layer}"], distance / 5, rtol=1e-10, atol=0)
+        ledger.compare("repeated targets, losses", [losses[f"loss_{part}_{layer}"] for part in ("ce", "bbox")],
+                       [classes / 5, distance / 5], ledgers.PLAIN)
 
 
-def test_repeated_targets_that_count_alike_equal_transformers(in_float64):
+def test_repeated_targets_that_count_alike_equal_transformers(ledger, in_float64):
     "Its IA-BCE, whose pairs we give it: value and gradient."
     from transformers.loss.loss_lw_detr import LwDetrImageLoss
 
@@ -299,9 +299,9 @@ def test_repeated_targets_that_count_alike_equal_transformers(in_float64):
     loss = LwDetrImageLoss(None, CLASSES, 0.25, [], 1)
     theirs = loss.loss_labels({"logits": logits[0], "pred_boxes": predictions.boxes[0]},
                               list_targets(twice, "class_labels"), pairs_of(own, twice, criterion), 4)["loss_ce"]
-    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=0)
-    (mine,), (other,) = torch.autograd.grad(ours, logits), torch.autograd.grad(theirs, logits)
-    torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-14)
+    ledger.compare("repeated targets, losses", ours, theirs, ledgers.TRANSFORMERS)
+    gradients = [torch.autograd.grad(loss, logits)[0] for loss in (ours, theirs)]
+    ledger.compare("repeated targets, gradients", *gradients, ledgers.TRANSFORMERS)
 
 
 def test_more_answers_wanted_than_there_are_queries():
@@ -367,7 +367,7 @@ VARIANTS = {
                  dn_label_noise=0.0, dn_box_noise=0.0),
     "dn": dict(decoder="dab", class_loss="focal", denoising=8, dn_groups=5, dn_noise="plain"),
     "told": dict(decoder="dab_deformable", class_loss="ia_bce", num_feature_levels=2, two_stage=True,
-                 embed_init_tgt=False, denoising=8, dn_label_noise=0.0, dn_box_noise=0.0),
+                 embed_init_tgt=False, denoising=8, dn_label_noise=0.0, dn_box_noise=0.0, enc_layers=0),
 }
 SMALL = dict(hidden_dim=32, nheads=4, enc_layers=1, dec_layers=2, dim_feedforward=64, num_queries=6)
 
@@ -377,7 +377,7 @@ def test_a_variant_learns_everything_and_is_built_again_from_its_file(name, tmp_
     from detr_nb.checkpoints import save_checkpoint
     from detr_nb.layouts import architecture
 
-    config = PRESETS["shapes"].but(**SMALL, **VARIANTS[name])
+    config = PRESETS["shapes"].but(**SMALL | VARIANTS[name])
     torch.manual_seed(0)
     model, criterion = build_model(config, CLASSES).train(), build_criterion(config, CLASSES)
     images, targets = torch.randn(IMAGES), make_targets([3, 1], torch.float32, CLASSES)
@@ -413,7 +413,7 @@ def test_a_variant_learns_everything_and_is_built_again_from_its_file(name, tmp_
 @pytest.mark.parametrize("name", ["focal", "conditional", "dab"])
 def test_a_variant_learns_masks(name):
     torch.manual_seed(0)
-    config = PRESETS["shapes"].but(**SMALL, **VARIANTS[name] | {"query_groups": 1}, masks=True)
+    config = PRESETS["shapes"].but(**SMALL | VARIANTS[name] | {"query_groups": 1}, masks=True)
     model, criterion = build_model(config, CLASSES).train(), build_criterion(config, CLASSES)
     targets = make_targets([3, 1], torch.float32, CLASSES)
     targets = targets._replace(masks=torch.rand(4, *IMAGES[2:]) > 0.5, sizes=torch.tensor([IMAGES[2:]] * 2))
@@ -426,7 +426,7 @@ def test_a_variant_learns_masks(name):
 
 def test_boxes_stay_precise_in_half_and_in_double_precision():
     torch.manual_seed(0)
-    model = build_model(PRESETS["shapes"].but(**SMALL, **VARIANTS["all"]), CLASSES).train()
+    model = build_model(PRESETS["shapes"].but(**SMALL | VARIANTS["all"]), CLASSES).train()
     for layer in (m.layers[-1] for n, m in model.named_modules() if n in ("bbox_embed", "enc_bbox_embed")):
         nn.init.normal_(layer.weight, std=0.1)
     images = torch.randn(IMAGES)
@@ -444,7 +444,7 @@ def test_boxes_stay_precise_in_half_and_in_double_precision():
 def test_an_exported_variant_says_the_same(name, tmp_path):
     pytest.importorskip("onnxscript")
     torch.manual_seed(0)
-    config = PRESETS["shapes"].but(**SMALL, **VARIANTS[name])
+    config = PRESETS["shapes"].but(**SMALL | VARIANTS[name])
     model, images = build_model(config, CLASSES).eval(), torch.randn(2, 3, 96, 128)
     recorded = OnnxDETR(export_onnx(model, tmp_path / "model.onnx"))
     again = ProgramDETR(export_file(model, tmp_path / "model.pt2"))(images)
@@ -506,9 +506,24 @@ def test_two_processes_of_a_variant_are_one_run(name, tmp_path):
     assert load_detector(tmp_path / "one/best.pth").model.num_queries == PRESETS["shapes"].model.num_queries
 
 
+def test_images_grow_by_thirds_of_lesson_and_training(here, tmp_path, monkeypatch):  # noqa: F811
+    sides, forward = [], SmallBackbone.forward
+
+    def noting(self, images, *rest):
+        sides.extend([max(images.shape[-2:])] if self.training else [])
+        return forward(self, images, *rest)
+
+    monkeypatch.setattr(SmallBackbone, "forward", noting)
+    shapes = write_shapes(tmp_path / "shapes", num_train=16, num_val=4, num_workers=1)
+    here(*SMALL_RUN, "--shapes_path", shapes, "--batch_size", 16, "--epochs", 3, "--pretrain_epochs", 3,
+         "--progressive_resize", "--output_dir", tmp_path / "run")
+    assert len(sides) == 7  # the first of them tries whether memory suffices
+    assert [(side > 80) + (side > 112) for side in sides] == [2, 0, 1, 2, 1, 1, 2]
+
+
 def test_cells_are_asked_for_class_and_box_as_in_plain_loops(in_float64):
     "On two maps, in images of different size; a cell is in a box whose side is a cell at least."
-    config = PRESETS["shapes"].but(**SMALL, **VARIANTS["told"])
+    config = PRESETS["shapes"].but(**SMALL | VARIANTS["told"])
     model, targets = build_model(config, CLASSES), make_targets([3, 1], torch.float64, CLASSES)
     nn.init.normal_(model.enc_bbox_embed.layers[-1].weight, std=0.1)
     padding = torch.zeros(2, 64, 96, dtype=torch.bool)
