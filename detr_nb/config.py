@@ -240,7 +240,7 @@ PRESETS["dino"] = PRESETS["dab"].but(
     decoder="dab_deformable", num_feature_levels=4, two_stage=True, denoising=100, num_queries=900, dropout=0.0,
     cls_loss_coef=1, lr_linear_proj_mult=1.0, epochs=12, lr_drop=11)
 PRESETS["shapes_dino"] = PRESETS["shapes"].but(
-    lr=1.5e-3, lr_backbone=1.5e-3, lr_muon=0.02, lr_linear_proj_mult=1.0, epochs=7, pretrain_epochs=18, schedule="wsd",
+    lr=1.5e-3, lr_backbone=1.5e-3, lr_muon=0.02, lr_linear_proj_mult=1.0, epochs=6, pretrain_epochs=16, schedule="wsd",
     progressive_resize=True, enc_layers=0, decoder="dab_deformable", num_feature_levels=2, two_stage=True,
     embed_init_tgt=False, denoising=8, class_loss="ia_bce", repeat_proposals=4, set_cost_class=2, cls_loss_coef=2,
     bbox_loss_coef=5, giou_loss_coef=2,
