@@ -244,7 +244,7 @@ def scenarios(smoke: bool, folder: Path, photos: Path | None) -> Iterator[tuple[
     programs = "from detr_nb import DETR", "from transformers import DetrForObjectDetection"
     yield "import of a model's class", "transformers", partial(start_up, *programs), 5
     help_ = "import runpy, sys; sys.argv[1:] = ['--help']; runpy.run_module('detr_nb.train', run_name='__main__')"
-    yield "train --help", "", partial(start_up, help_), 5
+    yield "`train --help`", "", partial(start_up, help_), 5
     for side in (800, 160) if photos else ():
         yield f"validation images, short side {side}", "PIL, torchvision", partial(reading, photos, side, 20), 3
         for workers in (0, 2):
