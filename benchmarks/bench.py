@@ -50,10 +50,14 @@ from detr_nb.transforms import output_size, paper_transform, scaled_lengths
 
 PAGE = """# Beside other code
 
-Ours and another implementation in turn, on equal work. A ratio is that of two neighbouring runs; here are the median of
-the ratios and their middle half. `make bench` writes this page.
+Ours and another implementation in turn, on equal work. Each row is one run of what it names, from end to end: the
+losses of a whole batch and their gradients, a training step of a batch (32 images for the embedded model), one image
+through the model, a whole set scored, a Python process from its start to its end, 20 photographs read. Times are
+medians. A ratio is the peer's time by ours in two neighbouring runs, above 1 where ours is faster (or smaller); here
+are the median of the ratios and their middle half. `make bench` writes this page.
 
 """
+HEADER = "| one run of | ours, ms (or MB) | the peer | the peer's, ms (or MB) | peer's / ours | its middle half |"
 Pair = tuple[Callable[[], object], Callable[[], object] | None]  # ours, and the peer's where there is one
 ON = {"device": torch.device("cpu"), "bf16": False}  # where model and criterion run, set by the command line
 
@@ -247,7 +251,7 @@ def scenarios(smoke: bool, folder: Path, photos: Path | None) -> Iterator[tuple[
     programs = "from detr_nb import DETR", "from transformers import DetrForObjectDetection"
     yield "import of a model's class", "transformers", partial(start_up, *programs), 5
     help_ = "import runpy, sys; sys.argv[1:] = ['--help']; runpy.run_module('detr_nb.train', run_name='__main__')"
-    yield "train --help", "", partial(start_up, help_), 5
+    yield "`train --help`", "", partial(start_up, help_), 5
     for side in (800, 160) if photos else ():
         yield f"validation images, short side {side}", "PIL, torchvision", partial(reading, photos, side, 20), 3
         for workers in (0, 2):
@@ -293,7 +297,7 @@ def main() -> None:
     machine = {"date": date.today().isoformat(), "processor": platform.processor() or platform.machine(),
                "device": str(given.device), "threads": torch.get_num_threads(), "bf16": given.bf16,
                **{name: version(name) for name in names}}
-    lines, found = ["| scenario | ours, ms or as named | peer | its | ratio | middle half |", "| --- " * 6 + "|"], []
+    lines, found = [HEADER, "| --- " * 6 + "|"], []
     for name, peer, make, repeats in scenarios(given.smoke, given.data, given.photos):
         if given.only in name:
             numbers = compare(make(), 0 if given.smoke else repeats)

@@ -115,11 +115,12 @@ def show_matrix(
     rows: Sequence[str] | None = None,  # names of the rows
     columns: Sequence[str] | None = None,
     fmt: str = ".2f",
+    limits: tuple[float | None, float | None] = (None, None),  # what the ends of the colours stand for
 ) -> Axes:
     "A heat map with the number written in every cell."
     values = torch.as_tensor(matrix).detach().float().cpu().numpy()
     ax = ax or plt.subplots(figsize=(1.2 + 0.62 * values.shape[1], 0.9 + 0.42 * values.shape[0]))[1]
-    image = ax.imshow(values, aspect="auto")
+    image = ax.imshow(values, aspect="auto", vmin=limits[0], vmax=limits[1])
     for (row, column), value in np.ndenumerate(values):
         ink = text_color(image.cmap(image.norm(value))[:3])
         ax.text(column, row, format(float(value), fmt), ha="center", va="center", color=ink, fontsize=9)
@@ -140,3 +141,12 @@ def frame_cells(
     for row, column in cells:
         ax.add_patch(Rectangle((column - 0.44, row - 0.44), 0.88, 0.88, fill=False, edgecolor=color, linewidth=2.5))
     return ax
+
+
+def in_two_rows(figure: Figure) -> Figure:
+    "The panels of `plot_log`, which its file has side by side, two above one: as large as a page can show them."
+    figure.set_size_inches(7.3, 5)
+    grid = figure.add_gridspec(2, 2)
+    for ax, place in zip(figure.axes, (grid[0, 0], grid[0, 1], grid[1, :])):
+        ax.set_subplotspec(place)
+    return figure

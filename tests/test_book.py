@@ -41,7 +41,8 @@ LOOK = """() => {
         nameless: pictures.filter(i => !i.getAttribute('alt')).map(name),
         sideways: Math.max(0, document.scrollingElement.scrollWidth - innerWidth),
         cut: [...document.querySelectorAll('div.cell_input pre')].filter(
-            p => p.scrollWidth > p.clientWidth + 1 && box(p).width > 0).map(name),
+            p => p.scrollWidth > p.clientWidth + 1 && box(p).width > 0 && !(innerWidth < 600
+                && getComputedStyle(p).overflowX == 'auto')).map(name),  // on a phone code scrolls, else it wraps
         tex: (prose.innerText.match(/\\\\(?:\\(|\\[|frac|mathbb|mathcal|sum)|\\$\\$/g) || []),
         links: [...document.querySelectorAll('a[href]')].map(a => a.href),
         names: [...document.querySelectorAll('[id], a[name]')].map(e => e.id || e.name),
