@@ -244,7 +244,7 @@ PRESETS["shapes_dino"] = PRESETS["shapes"].but(
     progressive_resize=True, enc_layers=0, decoder="dab_deformable", num_feature_levels=2, two_stage=True,
     embed_init_tgt=False, denoising=8, class_loss="ia_bce", repeat_proposals=4, set_cost_class=2, cls_loss_coef=2,
     bbox_loss_coef=5, giou_loss_coef=2,
-)  # the embedded set with half of the steps
+)  # the embedded set in ten minutes
 PRESETS["photos"] = PRESETS["shapes_dino"].but(
     backbone="timm/tf_efficientnet_lite0@16", backbone_norm="frozen", pretrained=True, pretrain_epochs=0,
     keep_classes=True, batch_size=4, lr=3e-4, lr_backbone=2e-4, lr_muon=0.007, image_size=240, num_queries=60,
