@@ -125,7 +125,7 @@ class Batch(NamedTuple):
         return Batch(images, padding, self.targets.to(device, non_blocking))
 
     def shrunk(
-        self, side: float,  # the share of its sides that a canvas keeps, up to the next multiple of 16 pixels
+        self, side: float,  # the share of its sides that a canvas keeps, to the nearest multiple of 16 pixels
     ) -> "Batch":
         "The same batch of smaller images; boxes are shares of an image and stay what they are."
         if side == 1:

@@ -33,8 +33,7 @@ from .detr import DETR
 from .distributed import Process, UserError, get_logger, is_main, stage, start, stop, user_errors
 from detr_nb.engine import (
     NotFinite, averaged_weights, batch_losses, build_criterion, build_model, build_optimizer, check_settings,
-    first_non_finite, preprocessing, rate_factor, set_rates, side_factor,
-    train_step,
+    first_non_finite, preprocessing, rate_factor, set_rates, side_factor, train_step,
 )
 from .evaluation import evaluate
 from .finetune import choose
