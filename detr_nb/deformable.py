@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .anchors import AnchorDecoder, Beginning
 from .backbone import Features, SmallBackbone, _masked_group_norm, _shrink_padding, group_norm
+from .checkpoints import CheckpointError
 from .denoising import DenoisingDETR
 from .detr import Decoded, Predictions, in_full_precision
 from .distributed import UserError
@@ -104,7 +105,7 @@ class _ManyMaps(ProposalDETR):
     def __init__(self, *parts: nn.Module, num_feature_levels: int, **settings):
         super().__init__(*parts, **settings)
         width = self.class_embed.in_features
-        self.position_encoding.shift = 0.5
+        self.position_encoding.shift = 0.0 if self.refines else 0.5  # at a cell's end (DINO), or in its middle
         self.input_proj = _projections(self.backbone, num_feature_levels, width)
         self.level_embed = nn.Parameter(torch.randn(num_feature_levels, width))
         self.level_embed.requires_grad_(len(self.transformer.encoder.layers) > 0)  # which alone listens to addresses
@@ -200,8 +201,10 @@ class DINO(DeformableDETR, DenoisingDETR):
 def our_names(tensors: Mapping[str, Tensor], released: bool) -> dict[str, Tensor]:
     "A file of the released code, or one of transformers that `layouts` has renamed, under our names."
     last = max(int(number) for number in re.findall(r"decoder\.layers\.(\d+)\.", " ".join(tensors)))
-    refines, renamed = any("decoder.bbox_embed." in name for name in tensors), {}
+    anchors = any("decoder.ref_point_head." in name for name in tensors)  # DINO's, whose layers share their heads
+    refines, renamed = not anchors and any("decoder.bbox_embed." in name for name in tensors), {}
     for name, tensor in tensors.items():
+        name = re.sub("^transformer.tgt_embed", "query_embed", name.replace(".enc_out_", ".enc_"))
         name = re.sub(r"^(transformer\.decoder\.(?=class_|bbox_)|(transformer|model)\.(?!encoder|decoder))", "", name)
         name = name.replace(".cross_attn.", ".multihead_attn.")
         if released:  # there self-attention comes first, too, but its norm is called the second
@@ -209,7 +212,10 @@ def our_names(tensors: Mapping[str, Tensor], released: bool) -> dict[str, Tensor
         if head := re.fullmatch(r"(\w+_embed)\.(\d+)(\..*)", name):  # of a layer, or of the encoder
             number, early = int(head[2]), f"early_{head[1]}.{head[2]}" if refines else head[1]
             name = {last: head[1], last + 1: f"enc_{head[1]}"}.get(number, early) + head[3]
-        renamed[name] = tensor
+        if not torch.equal(renamed.setdefault(name, tensor), tensor):
+            raise CheckpointError(f"{name} is not the same in all layers, as no model here has it: use its own code")
+    if anchors:  # what only copies begin with in training is made in another way here
+        renamed.pop("label_embed.weight", None)
     for name in [name for name in renamed if name.startswith("early_class_embed.0.")]:
         for other in (*(f"early_class_embed.{layer}" for layer in range(1, last)), "class_embed"):
             renamed.setdefault(name.replace("early_class_embed.0", other), renamed[name])  # of one head for all
@@ -218,5 +224,7 @@ def our_names(tensors: Mapping[str, Tensor], released: bool) -> dict[str, Tensor
 
 def told_by_names(tensors: Mapping[str, Tensor]) -> dict[str, object]:
     "What a model's tensors, under our names, say of the arguments of `build_family`."
-    return dict(decoder="deformable", class_loss="focal", num_feature_levels=len(tensors["level_embed"]),
-                with_box_refine="early_class_embed.0.weight" in tensors, two_stage="pos_trans.weight" in tensors)
+    anchors = any("decoder.ref_point_head." in name for name in tensors)
+    return dict(decoder="dab_deformable" if anchors else "deformable", num_feature_levels=len(tensors["level_embed"]),
+                with_box_refine="early_class_embed.0.weight" in tensors, two_stage="enc_output.weight" in tensors,
+                class_loss="focal")

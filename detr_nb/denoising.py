@@ -107,7 +107,8 @@ class DenoisingDETR(ProposalDETR):
         super().__init__(*parts, **settings)
         self.denoising, self.dn_groups, self.contrastive = denoising, dn_groups, dn_noise == "contrastive"
         self.label_noise, self.box_noise = dn_label_noise, dn_box_noise
-        self.label_embed = nn.Embedding(self.num_classes, self.transformer.decoder.width - 1)
+        rows = self.num_classes + (not self.two_stage)  # the last of them: that the class is not known
+        self.label_embed = nn.Embedding(rows, self.transformer.decoder.width - 1)
 
     def begin(
         self, memory: Float[Tensor, "B S D"], projected: Float[Tensor, "B D h w"],
@@ -115,6 +116,9 @@ class DenoisingDETR(ProposalDETR):
     ) -> Beginning:
         "As in `ProposalDETR`; with targets, copies of them come first."
         first = super().begin(memory, projected, padding)
+        if not self.two_stage:
+            unknown = F.pad(self.label_embed.weight[-1:], (0, 1))  # the last number: that this is no copy
+            first = first._replace(extra=first.extra | {"content": unknown.expand(first.queries.shape[-2], -1)})
         if targets is None:
             return first
         copies, known = lay_out(targets, self.denoising, self.dn_groups), with_nobody(targets)
@@ -122,10 +126,9 @@ class DenoisingDETR(ProposalDETR):
         negative = torch.arange(copied.shape[1], device=copied.device).expand_as(copied) >= self.denoising
         labels = noised_labels(known.labels[copied], self.num_classes, self.label_noise / (1 + self.contrastive))
         boxes = noised_boxes(known.boxes[copied], self.box_noise, negative if self.contrastive else None)
-        said = F.pad(self.label_embed(labels), (0, 1), value=1.0)  # the last number: that this is a copy
-        content, places = first.extra.get("content", said.new_zeros(1, said.shape[-1])), first.queries.shape[-2]
+        said, places = F.pad(self.label_embed(labels), (0, 1), value=1.0), first.queries.shape[-2]  # that it is one
         anchors, content = (torch.cat([x, y.expand(len(memory), places, -1)], dim=1) for x, y in (
-            (boxes.clamp(0.01, 0.99).logit(), first.queries), (said, content)))
+            (boxes.clamp(0.01, 0.99).logit(), first.queries), (said, first.extra["content"])))
         heard = who_hears_whom(group, first.groups, self.num_queries)
         return Beginning(anchors, first.groups, first.extra | {"content": content, "heard": heard}, first.proposals,
                          copies)

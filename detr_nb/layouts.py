@@ -53,7 +53,8 @@ RESNET = [  # the same for the backbone, in the library's own ResNet
     ("backbone.body.bn1.", "model.backbone.model.embedder.embedder.normalization.", []),
 ] + [(f"backbone.body.layer{s + 1}.", f"model.backbone.model.encoder.stages.{s}.layers.", BLOCK) for s in range(4)]
 PLACES = [("backbone.", "backbone.0.", []), ("position_encoding.", "backbone.1.", []),
-          ("query_embed.", "refpoint_embed.", [])]  # in the released code; the last is DAB-DETR's alone
+          ("query_embed.", "refpoint_embed.", []),  # in the released code; this is DAB-DETR's, the next DN-DETR's
+          ("label_embed.", "label_enc.", [])]
 TIMM = [("backbone.body.", "model.backbone.model.", [])]  # timm gives torchvision's names
 MASKS = [  # the same for the mask head; older versions call it as the released code does
     (f"bbox_attention.{half}_linear.", f"bbox_attention.{half}_proj.", []) for half in "qk"
@@ -132,9 +133,10 @@ def _layout_of(contents: Contents) -> str:
 
 # %% ../nbs/21_layouts.ipynb #1f5aea61
 def _decoder_of(names: Iterable[str]) -> str:
-    "Whose decoder tensors are of, in any layout: 'detr', or of its descendants 'conditional' or 'dab'."
-    heads = {head for name in names for head in (".decoder.query_scale.", ".ref_anchor_head.") if head in name}
-    return "dab" if ".ref_anchor_head." in heads else "conditional" if heads else "detr"
+    "Whose decoder tensors are of, in any layout: 'detr', or a descendant's, whose attention to all cells they show."
+    kinds = {".ref_anchor_head.": "dab", ".decoder.query_scale.": "conditional", ".ref_point_head.": "dab_deformable"}
+    heads = {head for name in names for head in kinds if head in name}
+    return next((kind for head, kind in kinds.items() if head in heads), "detr")
 
 
 def _table(decoder: str, *backbones: list) -> list:
@@ -250,7 +252,9 @@ def _told(contents: Contents) -> dict[str, Any]:
         return rest["architecture"]
     dc5 = "dc5" in re.split(r"[-_.]", Path(urlsplit(name).path).stem.lower())
     decoder = _decoder_of(contents.tensors)
-    found = {"nheads": 8, "dilation": dc5, "temperature": 20.0 if decoder == "dab" else 10000.0}
+    found = {"nheads": 8, "dilation": dc5, "temperature": 20.0 if decoder.startswith("dab") else 10000.0}
+    if decoder == "dab" and "label_enc.weight" in contents.tensors:  # DN-DETR's, with its authors' settings
+        found |= {"denoising": 100, "dn_groups": 5, "dn_noise": "plain", "dn_label_noise": 0.2, "dn_box_noise": 0.4}
     flags = rest.get("args") or {}  # of the released training, or of our `to_released`
     flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
     found |= {key: flags[key] for key in ("nheads", "dilation") if key in flags}

@@ -6,6 +6,7 @@ __all__ = ['Matches', 'image_of_target', 'minus_probability', 'matching_cost', '
 # %% ../nbs/14_matcher.ipynb #e433219e
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,13 @@ from torch import Tensor
 from .batching import Targets
 from .boxes import safe_divisor
 from .detr import Predictions, at_least_float32
+
+try:  # where lapx is installed: as cheap, in a third of the time
+    from lap import lapjvr as _lapjvr
+
+    _assign = partial(_lapjvr, extend_cost=True, return_cost=False, precision="float64")
+except ImportError:
+    _assign = linear_sum_assignment
 
 # %% ../nbs/14_matcher.ipynb #2ca1f08b
 class Matches(NamedTuple):
@@ -111,7 +119,7 @@ def match(
     counts, tables = counts.astype(int).tolist(), tables.reshape(cost.shape)
     _check_cost(tables, counts, targets.image_ids)
     bounds = np.cumsum([0, *counts])  # the objects of an image lie between two of them
-    found = [linear_sum_assignment(table[a:b]) for table in tables for a, b in zip(bounds, bounds[1:])]
+    found = [_assign(table[a:b]) for table in tables for a, b in zip(bounds, bounds[1:])]
     target, query = map(np.concatenate, zip(*found))
     layer, image = np.divmod(np.repeat(np.arange(len(found)), [len(rows) for rows, _ in found]), len(counts))
     pairs = np.stack([layer, image, query, target + bounds[image]])

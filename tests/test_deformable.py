@@ -11,7 +11,7 @@ from test_parity import list_targets, make_targets
 from torch import Tensor, nn
 
 from detr_nb.backbone import Features
-from detr_nb.checkpoints import read_source
+from detr_nb.checkpoints import CheckpointError, read_source
 from detr_nb.config import PRESETS
 from detr_nb.deformable import DeformableDETR
 from detr_nb.detr import build_detr
@@ -229,6 +229,41 @@ def test_released_files_load_by_key(kind, tmp_path):
         ours, again = model(images), found(images)
     assert torch.equal(ours.boxes, again.boxes) and torch.equal(ours.logits, again.logits)
     assert again.sigmoid and found.num_classes == 91 and found.num_queries == 300
+
+
+def test_a_file_of_dino_loads_by_key(tmp_path):
+    "As its training writes them: heads once for each layer, all alike; proposals' heads and contents inside."
+    torch.manual_seed(0)
+    model = build_detr(91, "resnet50", enc_layers=1, dec_layers=2, dim_feedforward=64, num_queries=30, pretrained=None,
+                       temperature=20, decoder="dab_deformable", class_loss="focal", num_feature_levels=4,
+                       two_stage=True).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape)
+    state = {"label_enc.weight": torch.randn(92, 256)}
+    for name, tensor in model.state_dict().items():
+        name = re.sub(r"^backbone\.", "backbone.0.", name).replace(".multihead_attn.", ".cross_attn.")
+        name = name.replace("enc_class_", "enc_out_class_").replace("enc_bbox_", "enc_out_bbox_")
+        name = re.sub(r"^(level_embed|enc_)", r"transformer.\1", name).replace("query_embed", "transformer.tgt_embed")
+        name = re.sub(r"(decoder\.layers\.\d+\.)norm([12])", lambda found: f"{found[1]}norm{3 - int(found[2])}", name)
+        if head := re.fullmatch(r"(class|bbox)_embed(\..*)", name):
+            state |= {f"{inside}{head[1]}_embed.{layer}{head[2]}": tensor
+                      for layer in (0, 1) for inside in ("", "transformer.decoder.")}
+        else:
+            state[name] = tensor
+    path, images = tmp_path / "checkpoint0011_4scale.pth", torch.randn(1, 3, 96, 128)
+    torch.save({"model": state}, path)
+    found = load_detector(path).model
+    with torch.no_grad():
+        ours, again = model(images), found(images)
+    assert torch.equal(ours.boxes, again.boxes) and torch.equal(ours.logits, again.logits)
+    assert found.num_queries == 30 and found.two_stage and found.family["decoder"] == "dab_deformable"
+    rows = torch.arange(1, 5)[:, None] / (4 + 1e-6) * 2 * math.pi / 20 ** (torch.arange(128) // 2 * 2 / 128)  # its code
+    code = found.position_encoding(torch.zeros(1, 256, 4, 6), None).reshape(1, 4, 6, 256)[0, :, 0, :128]
+    assert torch.allclose(code[:, ::2], rows[:, ::2].sin(), atol=1e-5)
+    state["bbox_embed.0.layers.0.bias"] = torch.randn(256)
+    torch.save({"model": state}, path)
+    with pytest.raises(CheckpointError, match="bbox_embed.layers.0.bias is not the same in all layers"):
+        load_detector(path)
 
 
 @pytest.mark.parametrize("kind", KINDS)

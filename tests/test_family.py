@@ -575,18 +575,20 @@ def test_a_lesson_of_proposals_goes_on_and_begins_behind_one_of_cells(here, tmp_
     assert "class_embed.weight" in known and len(steps(tmp_path / "behind")) == 2
 
 
-@pytest.mark.parametrize("kind", ["conditional", "dab"])
+@pytest.mark.parametrize("kind", ["conditional", "dab", "dn"])
 def test_released_files_load_by_key(kind, tmp_path):
     "As the projects' training writes them: DAB-DETR's with the box head twice, and anchors under another name."
     torch.manual_seed(0)
-    model = build_detr(91, "resnet50", temperature=20 if kind == "dab" else 10000, enc_layers=1, dec_layers=2,
-                       dim_feedforward=64, num_queries=9, decoder=kind, class_loss="focal", pretrained=None).eval()
+    copies, decoder = dict(denoising=100) if kind == "dn" else {}, "dab" if kind == "dn" else kind
+    model = build_detr(91, "resnet50", temperature=20 if decoder == "dab" else 10000, enc_layers=1, dec_layers=2,
+                       dim_feedforward=64, num_queries=9, decoder=decoder, class_loss="focal", pretrained=None,
+                       **copies).eval()
     state = {}
     for name, tensor in model.state_dict().items():
-        if name.startswith("bbox_embed.") and kind == "dab":
+        if name.startswith("bbox_embed.") and decoder == "dab":
             state[f"transformer.decoder.{name}"] = tensor
-        name = name.replace("backbone.", "backbone.0.", 1)
-        state[name.replace("query_embed.", "refpoint_embed.") if kind == "dab" else name] = tensor
+        name = name.replace("backbone.", "backbone.0.", 1).replace("label_embed.", "label_enc.")
+        state[name.replace("query_embed.", "refpoint_embed.") if decoder == "dab" else name] = tensor
     path = tmp_path / f"{kind}_r50.pth"
     torch.save({"model": state}, path)
     found = load_detector(path)
@@ -595,3 +597,9 @@ def test_released_files_load_by_key(kind, tmp_path):
         ours, again = model(images), found.model(images)
     assert torch.equal(ours.boxes, again.boxes) and torch.equal(ours.logits, again.logits)
     assert again.sigmoid and found.names[1] == "person" and found.model.num_classes == 91
+    if kind == "dn":  # a query begins with the class that is not known, a row after all others
+        assert state["label_enc.weight"].shape == (92, 255)
+        state["label_enc.weight"][-1] += 1
+        torch.save({"model": state}, path)
+        with torch.no_grad():
+            assert not torch.equal(load_detector(path).model(images).logits, ours.logits)
