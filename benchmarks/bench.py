@@ -5,6 +5,8 @@
     python benchmarks/bench.py --smoke              # once each, on small problems: does everything run?
     python benchmarks/bench.py --photos DIR         # also the data pipeline, on photographs in COCO's layout ($PHOTOS)
     python benchmarks/bench.py --device cuda        # model and criterion on a GPU, and --bf16 for half precision
+    python benchmarks/bench.py --original DIR       # also the released code, a clone of it or its package ($DETR):
+                                                    # pip install --no-deps --target DIR detr==0.1.4
 
 Ours and a peer take turns, so that what else the machine does meets both; a ratio is that of two neighbouring runs, and
 the table gives the median of the ratios and the middle half of them. Same weights, same images, same targets, the same
@@ -26,7 +28,10 @@ from collections.abc import Callable, Iterator
 from datetime import date
 from functools import partial
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -44,7 +49,7 @@ from detr_nb.criterion import SetCriterion
 from detr_nb.detr import DETR, Predictions
 from detr_nb.engine import build_criterion, build_model, build_optimizer, set_rates, train_step
 from detr_nb.evaluation import score
-from detr_nb.layouts import from_transformers
+from detr_nb.layouts import from_released, from_transformers
 from detr_nb.shapes_set import write_shapes
 from detr_nb.transforms import output_size, paper_transform, scaled_lengths
 
@@ -54,12 +59,14 @@ Ours and another implementation in turn, on equal work. Each row is one run of w
 losses of a whole batch and their gradients, a training step of a batch (32 images for the embedded model), one image
 through the model, a whole set scored, a Python process from its start to its end, 20 photographs read. Times are
 medians. A ratio is the peer's time by ours in two neighbouring runs, above 1 where ours is faster (or smaller); here
-are the median of the ratios and their middle half. `make bench` writes this page.
+are the median of the ratios and their middle half. `make bench` writes this page. The original is its authors' package
+`detr` 0.1.4 of 2020.
 
 """
 HEADER = "| one run of | ours, ms (or MB) | the peer | the peer's, ms (or MB) | peer's / ours | its middle half |"
 Pair = tuple[Callable[[], object], Callable[[], object] | None]  # ours, and the peer's where there is one
-ON = {"device": torch.device("cpu"), "bf16": False}  # where model and criterion run, set by the command line
+# where model and criterion run and where the released code lies, set by the command line
+ON = {"device": torch.device("cpu"), "bf16": False, "original": None}
 
 
 def autocast() -> torch.autocast:
@@ -78,19 +85,40 @@ def random_targets(images: int, objects: int, seed: int = 0) -> Targets:
 
 
 def as_lists(targets: Targets) -> list[dict]:
-    "The same for transformers: a dictionary for each image."
+    "The same for the peers: a dictionary for each image, with either's name of the labels."
     counts = targets.counts.tolist()
-    return [{"class_labels": labels, "boxes": boxes}
+    return [{"class_labels": labels, "labels": labels, "boxes": boxes}
             for labels, boxes in zip(targets.labels.split(counts), targets.boxes.split(counts))]
 
 
-def criterion(images: int, objects: int) -> Pair:
+def released() -> SimpleNamespace:
+    "The released code: its criterion and matcher, model, and images with a mask. It wants an old torchvision."
+    if str(ON["original"]) not in sys.path:
+        sys.path.insert(0, str(ON["original"]))
+    with patch("torchvision.__version__", "0.9.0"):
+        from models import backbone, detr, matcher, transformer
+        from util.misc import NestedTensor
+    return SimpleNamespace(backbone=backbone, detr=detr, matcher=matcher, transformer=transformer, images=NestedTensor)
+
+
+def released_criterion() -> torch.nn.Module:
+    "The paper's, of the released code."
+    code, weights = released(), {"loss_ce": 1, "loss_bbox": 5, "loss_giou": 2}
+    weights |= {f"{name}_{layer}": weight for layer in range(5) for name, weight in weights.items()}
+    parts = ["labels", "boxes", "cardinality"]
+    return code.detr.SetCriterion(91, code.matcher.HungarianMatcher(1, 5, 2), weights, 0.1, parts).to(ON["device"])
+
+
+def criterion(images: int, objects: int, peer: str) -> Pair:
     "Matching and losses of six layers with a hundred queries, forward and backward."
     generator, targets = torch.Generator().manual_seed(1), random_targets(images, objects)
     logits = torch.randn(6, images, 100, 92, generator=generator).to(ON["device"]).requires_grad_()
     boxes = (0.05 + 0.5 * torch.rand(6, images, 100, 4, generator=generator)).to(ON["device"]).requires_grad_()
     own, lists = SetCriterion(91).to(ON["device"]), as_lists(targets)
-    other = ImageLoss(HungarianMatcher(1, 5, 2), 91, 0.1, ["labels", "boxes", "cardinality"]).to(ON["device"])
+    key, other = "auxiliary_outputs", ImageLoss(HungarianMatcher(1, 5, 2), 91, 0.1, ["labels", "boxes", "cardinality"])
+    if peer != "transformers":
+        key, other = "aux_outputs", released_criterion()
+    other = other.to(ON["device"])
     weights = {"loss_ce": 1, "loss_bbox": 5, "loss_giou": 2}
 
     def ours() -> torch.Tensor:
@@ -99,9 +127,8 @@ def criterion(images: int, objects: int) -> Pair:
         return losses["loss_ce"]
 
     def theirs() -> torch.Tensor:
-        outputs = {"logits": logits[-1], "pred_boxes": boxes[-1], "auxiliary_outputs": [
-            {"logits": layer, "pred_boxes": box} for layer, box in zip(logits[:-1], boxes[:-1])]}
-        losses = other(outputs, lists)
+        layers = [{"logits": layer, "pred_logits": layer, "pred_boxes": box} for layer, box in zip(logits, boxes)]
+        losses = other(layers[-1] | {key: layers[:-1]}, lists)
         sum(weights[name.rstrip("_0123456789")] * value for name, value in losses.items()
             if name.rstrip("_0123456789") in weights).backward()
         return losses["loss_ce"]
@@ -110,8 +137,25 @@ def criterion(images: int, objects: int) -> Pair:
     return ours, theirs
 
 
-def models() -> tuple[DETR, DetrForObjectDetection]:
+def original_models() -> tuple[DETR, torch.nn.Module]:
+    "Ours and the released code's R50 model, with the same random weights."
+    torch.manual_seed(0)
+    code, args = released(), argparse.Namespace(
+        hidden_dim=256, position_embedding="sine", lr_backbone=1e-5, masks=False, backbone="resnet50", dilation=False,
+        dropout=0.1, nheads=8, dim_feedforward=2048, enc_layers=6, dec_layers=6, pre_norm=False)
+    with patch.object(code.backbone, "is_main_process", lambda: False):  # which alone fetches ImageNet's weights
+        parts = code.backbone.build_backbone(args), code.transformer.build_transformer(args)
+    theirs = code.detr.DETR(*parts, num_classes=91, num_queries=100, aux_loss=True)
+    return from_released({"model": theirs.state_dict()}), theirs
+
+
+def models(peer: str) -> tuple[DETR, torch.nn.Module]:
     "The paper's R50 model with the same random weights twice; the stem and the first stage do not learn."
+    if peer != "transformers":
+        ours, theirs = original_models()
+        for part, module in ours.backbone.body.named_children():
+            module.requires_grad_(part not in ("conv1", "bn1", "layer1"))
+        return ours.to(ON["device"]), theirs.to(ON["device"])
     torch.manual_seed(0)
     settings = dict(use_pretrained_backbone=False, backbone_config=None, num_labels=91, auxiliary_loss=True)
     theirs = DetrForObjectDetection(DetrConfig(**settings))
@@ -125,9 +169,9 @@ def models() -> tuple[DETR, DetrForObjectDetection]:
     return ours.to(ON["device"]), theirs.to(ON["device"])
 
 
-def training_step(height: int, width: int, images: int) -> Pair:
+def training_step(height: int, width: int, images: int, peer: str) -> Pair:
     "Forward, loss and backward of the R50 model."
-    ours, theirs = models()
+    ours, theirs = models(peer)
     generator, targets = torch.Generator().manual_seed(2), random_targets(images, 8)
     pixels = torch.randn(images, 3, height, width, generator=generator).to(ON["device"])
     mask, loss, lists = torch.ones_like(pixels[:, 0]), SetCriterion(91).to(ON["device"]), as_lists(targets)
@@ -144,7 +188,18 @@ def training_step(height: int, width: int, images: int) -> Pair:
             found = theirs.train()(pixels, mask, labels=lists)
         found.loss.backward()
 
-    return step_of_ours, step_of_theirs
+    def step_of_original() -> None:
+        theirs.zero_grad()
+        with autocast():
+            found = theirs.train()(released().images(pixels, mask == 0))
+        losses = of_original(found, lists)
+        sum(of_original.weight_dict[name] * value for name, value in losses.items()
+            if name in of_original.weight_dict).backward()
+
+    if peer == "transformers":
+        return step_of_ours, step_of_theirs
+    of_original = released_criterion()
+    return step_of_ours, step_of_original
 
 
 def embedded_step(images: int) -> Pair:
@@ -159,11 +214,12 @@ def embedded_step(images: int) -> Pair:
     return lambda: train_step(model, criterion, optimizer, accelerator, batches, config), None
 
 
-def memory(height: int, width: int, images: int) -> Pair:
+def memory(height: int, width: int, images: int, peer: str) -> Pair:
     "The most memory that a process holds which takes two training steps: megabytes, where others give milliseconds."
     def measured(side: int) -> float:
         program = (f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench; "
-                   f"run = bench.training_step({height}, {width}, {images})[{side}]; run(); run(); "
+                   f"bench.ON['original'] = {str(ON['original'])!r}; "
+                   f"run = bench.training_step({height}, {width}, {images}, {peer!r})[{side}]; run(); run(); "
                    "print([line for line in open('/proc/self/status') if 'VmHWM' in line][0].split()[1])")
         return int(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True).stdout) / 1024
 
@@ -176,12 +232,14 @@ def start_up(*programs: str) -> Pair:
     return (*(partial(run, [sys.executable, "-c", program]) for program in programs), None)[:2]
 
 
-def inference(height: int, width: int) -> Pair:
+def inference(height: int, width: int, peer: str) -> Pair:
     "One image through the R50 model."
-    ours, theirs = (model.eval() for model in models())
+    ours, theirs = (model.eval() for model in models(peer))
     pixels, mask = torch.randn(1, 3, height, width).to(ON["device"]), torch.ones(1, height, width).to(ON["device"])
-    pair = [torch.no_grad()(autocast()(run)) for run in (lambda: ours(pixels, None), lambda: theirs(pixels, mask))]
-    assert (pair[0]().boxes[-1] - pair[1]().pred_boxes).abs().max() < (0.1 if ON["bf16"] else 1e-4)  # the same work
+    given = (pixels, mask) if peer == "transformers" else (released().images(pixels, mask == 0),)
+    pair = [torch.no_grad()(autocast()(run)) for run in (lambda: ours(pixels, None), lambda: theirs(*given))]
+    found = pair[1]()["pred_boxes"]
+    assert (pair[0]().boxes[-1] - found).abs().max() < (0.1 if ON["bf16"] else 1e-4)  # the same work
     return tuple(pair)
 
 
@@ -238,16 +296,20 @@ def scoring(images: int, folder: Path) -> Pair:
 
 def scenarios(smoke: bool, folder: Path, photos: Path | None) -> Iterator[tuple[str, str, Callable[[], Pair], int]]:
     "Name, peer, what makes the pair, and how often it runs."
-    for problem in ((2, 8),) if smoke else ((16, 40), (8, 20), (2, 8)):
-        yield "criterion, {} images of {} objects".format(*problem), "transformers", partial(criterion, *problem), 40
+    peers = ["transformers"] + ["the original"] * (ON["original"] is not None)
+    for problem, peer in product(((2, 8),) if smoke else ((16, 40), (8, 20), (2, 8)), peers):
+        yield "criterion, {} images of {} objects".format(*problem), peer, partial(criterion, *problem, peer), 40
     step, size, count = ((64, 96, 1), (64, 96), 20) if smoke else ((384, 512, 2), (800, 1066), 5000)
-    yield "training step, R50, {}x{}, batch {}".format(*step), "transformers", partial(training_step, *step), 6
+    for peer in peers:
+        yield "training step, R50, {}x{}, batch {}".format(*step), peer, partial(training_step, *step, peer), 6
     yield "training step, embedded model", "", partial(embedded_step, 2 if smoke else 32), 10
-    yield "inference, R50, {}x{}, batch 1".format(*size), "transformers", partial(inference, *size), 6
+    for peer in peers:
+        yield "inference, R50, {}x{}, batch 1".format(*size), peer, partial(inference, *size, peer), 6
     if ON["device"].type != "cpu":
         return
     yield f"scoring {count} images", "pycocotools", partial(scoring, count, folder / f"bench_{count}"), 3
-    yield "memory of a training step, R50, MB", "transformers", partial(memory, *step), 2
+    for peer in peers:
+        yield "memory of a training step, R50, MB", peer, partial(memory, *step, peer), 2
     programs = "from detr_nb import DETR", "from transformers import DetrForObjectDetection"
     yield "import of a model's class", "transformers", partial(start_up, *programs), 5
     help_ = "import runpy, sys; sys.argv[1:] = ['--help']; runpy.run_module('detr_nb.train', run_name='__main__')"
@@ -287,11 +349,12 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--data", type=Path, default=Path("data"), help="where a set is drawn for the scoring")
     parser.add_argument("--photos", type=Path, default=os.environ.get("PHOTOS"), help="a data set in COCO's layout")
+    parser.add_argument("--original", type=Path, default=os.environ.get("DETR"), help="where the released code lies")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--output", type=Path, help="a folder for bench.md and bench.json; left out nothing is written")
     given = parser.parse_args()
-    ON.update(device=given.device, bf16=given.bf16)
+    ON.update(device=given.device, bf16=given.bf16, original=given.original)
     warnings.simplefilter("ignore")
     names = ("torch", "torchvision", "transformers", "pycocotools", "faster-coco-eval", "numpy", "scipy")
     machine = {"date": date.today().isoformat(), "processor": platform.processor() or platform.machine(),

@@ -243,12 +243,8 @@ def _as_dictionaries(results: Results) -> Iterator[dict]:
 
 def _write_results(results: Results, path: Path | str) -> None:
     "Write detections as COCO's servers and `loadRes` read them, one a line."
-    with open(path, "w", encoding="utf-8") as file:
-        before = "[\n"
-        for result in _as_dictionaries(results):
-            file.write(before + json.dumps(result))
-            before = ",\n"
-        file.write("\n]\n" if before == ",\n" else "[]\n")
+    lines = ",\n".join(map(json.dumps, _as_dictionaries(results)))
+    Path(path).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 # %% ../nbs/16_evaluation.ipynb #83c97564
 _RESULT_NAMES = {"bbox": ("coco_eval_bbox", "per_class_ap"), "segm": ("coco_eval_masks", "per_class_ap_masks")}

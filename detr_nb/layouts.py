@@ -53,8 +53,7 @@ RESNET = [  # the same for the backbone, in the library's own ResNet
     ("backbone.body.bn1.", "model.backbone.model.embedder.embedder.normalization.", []),
 ] + [(f"backbone.body.layer{s + 1}.", f"model.backbone.model.encoder.stages.{s}.layers.", BLOCK) for s in range(4)]
 PLACES = [("backbone.", "backbone.0.", []), ("position_encoding.", "backbone.1.", []),
-          ("query_embed.", "refpoint_embed.", []),  # in the released code; this is DAB-DETR's, the next DN-DETR's
-          ("label_embed.", "label_enc.", [])]
+          ("query_embed.", "refpoint_embed.", []), ("label_embed.", "label_enc.", [])]  # DAB-DETR's, DN-DETR's
 TIMM = [("backbone.body.", "model.backbone.model.", [])]  # timm gives torchvision's names
 MASKS = [  # the same for the mask head; older versions call it as the released code does
     (f"bbox_attention.{half}_linear.", f"bbox_attention.{half}_proj.", []) for half in "qk"
@@ -135,8 +134,7 @@ def _layout_of(contents: Contents) -> str:
 def _decoder_of(names: Iterable[str]) -> str:
     "Whose decoder tensors are of, in any layout: 'detr', or a descendant's, whose attention to all cells they show."
     kinds = {".ref_anchor_head.": "dab", ".decoder.query_scale.": "conditional", ".ref_point_head.": "dab_deformable"}
-    heads = {head for name in names for head in kinds if head in name}
-    return next((kind for head, kind in kinds.items() if head in heads), "detr")
+    return next((kind for head, kind in kinds.items() if any(head in name for name in names)), "detr")
 
 
 def _table(decoder: str, *backbones: list) -> list:
@@ -207,11 +205,9 @@ def _read_backbone(
     blocks = (last, *(_count_blocks(list(tensors), f"backbone.body.layer{stage}.") for stage in range(1, 5)))
     parts = {name.rsplit(".", 1)[-1] for name in tensors if name.startswith("backbone.body.")}
     norm = "batch" if "num_batches_tracked" in parts else "frozen" if "running_mean" in parts else "group"
-    if blocks in DEPTHS:
-        return {"backbone": DEPTHS[blocks], "norm": norm}
-    if whole:
+    if whole and blocks not in DEPTHS:
         raise CheckpointError(f"no ResNet known here has stages of {blocks[1:]} blocks that end in {last}")
-    return {"norm": norm}
+    return {"norm": norm} | ({"backbone": DEPTHS[blocks]} if blocks in DEPTHS else {})
 
 # %% ../nbs/21_layouts.ipynb #6871fd6b
 def _read_architecture(

@@ -161,17 +161,12 @@ class _SegmentMap(NamedTuple):
     areas: Int[Tensor, "S"]  # pixels; 0 for a segment that is listed and not there
     unlisted: list[int]  # ids that only the PNG has
 
-
-def _read_ids(path: Path) -> Int[Tensor, "H W"]:
-    "The ids in a PNG, R + 256 G + 65536 B; raises DataError when it is missing or broken."
-    red, green, blue = read_image(path).to(torch.int32)
-    return red + (green << 8) + (blue << 16)
-
 # %% ../nbs/18_panoptic_data.ipynb #1c8188a2
 def read_map(index: _PanopticIndex, row: int, folder: Path, annotations: Path) -> _SegmentMap:
     "The PNG of the image in `row`; raises DataError when it is not of the image's size, or has no listed id."
     path = folder / index.pictures.item(row).decode()
-    pixels, size = _read_ids(path), tuple(index.coco.images.sizes[row].tolist())
+    red, green, blue = read_image(path).to(torch.int32)
+    pixels, size = red + (green << 8) + (blue << 16), tuple(index.coco.images.sizes[row].tolist())
     rows = torch.arange(*index.coco.objects.offsets[row : row + 2].tolist())
     if tuple(pixels.shape) != size:
         raise DataError(f"segment map {path} is {pixels.shape[1]}x{pixels.shape[0]} (width x height), but {annotations}"

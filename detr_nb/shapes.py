@@ -313,13 +313,6 @@ _NUM_OBJECTS = (0.03, 0.17, 0.18, 0.18, 0.15, 0.13, 0.10, 0.04, 0.02)  # chance 
 _CROWD_CHANCE = 0.05  # in images that are not empty
 _SPLITS = {"train": 0, "val": 1}
 
-
-def _scene_rng(seed: int, index: int, split: str) -> np.random.Generator:
-    "The generator of one scene: its numbers depend on nothing but the three arguments."
-    if split not in _SPLITS:
-        raise ValueError(f"split is {split!r}; it must be one of {', '.join(_SPLITS)}")
-    return np.random.default_rng([seed, _SPLITS[split], index])
-
 # %% ../nbs/04_shapes.ipynb #39ea495d
 def draw_scene(
     seed: int,  # of the whole data set
@@ -327,7 +320,9 @@ def draw_scene(
     split: str = "train",  # "train" or "val"
 ) -> Scene:
     "Draw one image of the data set; the same arguments give the same bytes."
-    rng = _scene_rng(seed, index, split)
+    if split not in _SPLITS:
+        raise ValueError(f"split is {split!r}; it must be one of {', '.join(_SPLITS)}")
+    rng = np.random.default_rng([seed, _SPLITS[split], index])
     height, width = SIZES[rng.integers(len(SIZES))]
     canvas = _Canvas(height, width, rng)
     count = rng.choice(len(_NUM_OBJECTS), p=_NUM_OBJECTS)

@@ -164,13 +164,6 @@ def _dump(value: dict, path: Path) -> None:
     "Write JSON without spaces: the files are read by programs."
     path.write_text(json.dumps(value, separators=(",", ":")))
 
-
-def _number_annotations(drawn: list[_Drawn]) -> None:
-    "Give the annotations of all images, in their order, the ids 1, 2, ..."
-    annotations = (annotation for _, found, _ in drawn for annotation in found)
-    for number, annotation in enumerate(annotations, start=1):
-        annotation["id"] = number
-
 # %% ../nbs/05_shapes_set.ipynb #7601b067
 def _write_annotations(root: Path, split: str, drawn: list[_Drawn]) -> None:
     "The instances and the panoptic JSON of a split."
@@ -206,7 +199,8 @@ def _fill_folder(root: Path, manifest: dict, num_workers: int | None) -> None:
     if num_workers is None:  # a process takes as long to start as 250 scenes to draw
         num_workers = min(torch.get_num_threads(), len(jobs) // 250)
     drawn = _write_scenes(root, manifest["seed"], jobs, num_workers)
-    _number_annotations(drawn)
+    for number, annotation in enumerate((annotation for _, found, _ in drawn for annotation in found), start=1):
+        annotation["id"] = number
     _write_annotations(root, "train", drawn[: counts["train"]])
     _write_annotations(root, "val", drawn[counts["train"] :])
     _dump(manifest, root / "shapes.json")
