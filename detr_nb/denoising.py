@@ -107,8 +107,8 @@ class DenoisingDETR(ProposalDETR):
         super().__init__(*parts, **settings)
         self.denoising, self.dn_groups, self.contrastive = denoising, dn_groups, dn_noise == "contrastive"
         self.label_noise, self.box_noise = dn_label_noise, dn_box_noise
-        rows = self.num_classes + (not self.two_stage)  # the last of them: that the class is not known
-        self.label_embed = nn.Embedding(rows, self.transformer.decoder.width - 1)
+        # one class more without two stages: that it is not known
+        self.label_embed = nn.Embedding(self.num_classes + (not self.two_stage), self.transformer.decoder.width - 1)
 
     def begin(
         self, memory: Float[Tensor, "B S D"], projected: Float[Tensor, "B D h w"],
@@ -117,8 +117,8 @@ class DenoisingDETR(ProposalDETR):
         "As in `ProposalDETR`; with targets, copies of them come first."
         first = super().begin(memory, projected, padding)
         if not self.two_stage:
-            unknown = F.pad(self.label_embed.weight[-1:], (0, 1))  # the last number: that this is no copy
-            first = first._replace(extra=first.extra | {"content": unknown.expand(first.queries.shape[-2], -1)})
+            # the last number: that this is no copy
+            first.extra["content"] = F.pad(self.label_embed.weight[-1:], (0, 1)).expand(first.queries.shape[-2], -1)
         if targets is None:
             return first
         copies, known = lay_out(targets, self.denoising, self.dn_groups), with_nobody(targets)

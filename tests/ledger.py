@@ -69,7 +69,8 @@ COMPONENTS = {
     "mask logits": Component("absolute", {"float32": 1e-4, "float64": 1e-10}, ("transformers",)),
     "loss_mask": Component("relative", {"float32": 1e-6, "float64": 1e-10}, ("transformers",)),
     "loss_dice": Component("relative", {"float32": 1e-6, "float64": 1e-10}, ("transformers",)),
-    "gradient of the mask losses": Component("norm", {"float32": 1e-5, "float64": 1e-10}, ("transformers",)),
+    # in float32 either is 1e-5 from its own gradient in double precision (1.03e-5 and 0.93e-5 on an Intel Xeon)
+    "gradient of the mask losses": Component("norm", {"float32": 2e-5, "float64": 1e-10}, ("transformers",)),
     "post-processing, scores": each("absolute", 1e-5),
     "post-processing, boxes": each("relative", 1e-5),
     "resized images, grey levels": Component("absolute", {"": 1}, ("Pillow",)),
