@@ -117,7 +117,6 @@ class DenoisingDETR(ProposalDETR):
         "As in `ProposalDETR`; with targets, copies of them come first."
         first = super().begin(memory, projected, padding)
         if not self.two_stage:
-            # the last number: that this is no copy
             first.extra["content"] = F.pad(self.label_embed.weight[-1:], (0, 1)).expand(first.queries.shape[-2], -1)
         if targets is None:
             return first
@@ -126,7 +125,7 @@ class DenoisingDETR(ProposalDETR):
         negative = torch.arange(copied.shape[1], device=copied.device).expand_as(copied) >= self.denoising
         labels = noised_labels(known.labels[copied], self.num_classes, self.label_noise / (1 + self.contrastive))
         boxes = noised_boxes(known.boxes[copied], self.box_noise, negative if self.contrastive else None)
-        said, places = F.pad(self.label_embed(labels), (0, 1), value=1.0), first.queries.shape[-2]  # that it is one
+        said, places = F.pad(self.label_embed(labels), (0, 1), value=1.0), first.queries.shape[-2]  # 1: a copy
         anchors, content = (torch.cat([x, y.expand(len(memory), places, -1)], dim=1) for x, y in (
             (boxes.clamp(0.01, 0.99).logit(), first.queries), (said, first.extra["content"])))
         heard = who_hears_whom(group, first.groups, self.num_queries)
