@@ -65,11 +65,12 @@ COMPONENTS = {
     "gradient of loss_bbox": each("relative", 1e-5),
     "gradient of loss_giou": each("relative", 1e-5),
     "gradient, all weights together": each("norm", 1e-5),
-    "gradient, each weight by itself": each("norm", 1e-5),
+    # in float32 some gradients are further than 1e-5 from themselves in double precision, ours, the reference's alike:
+    # of the first queries' and keys' matrices 1.2e-5, 1.2e-5, of the mask head 1.0e-5, 0.9e-5 (on an Intel Xeon)
+    "gradient, each weight by itself": each("norm", 2e-5),
     "mask logits": Component("absolute", {"float32": 1e-4, "float64": 1e-10}, ("transformers",)),
     "loss_mask": Component("relative", {"float32": 1e-6, "float64": 1e-10}, ("transformers",)),
     "loss_dice": Component("relative", {"float32": 1e-6, "float64": 1e-10}, ("transformers",)),
-    # in float32 either is 1e-5 from its own gradient in double precision (1.03e-5 and 0.93e-5 on an Intel Xeon)
     "gradient of the mask losses": Component("norm", {"float32": 2e-5, "float64": 1e-10}, ("transformers",)),
     "post-processing, scores": each("absolute", 1e-5),
     "post-processing, boxes": each("relative", 1e-5),
